@@ -1,0 +1,39 @@
+"""B-cos networks at the speed of ordinary networks: fused layers, conversion, exact explanations."""
+
+from bcos_kernels._version import __version__
+from bcos_kernels.convert import BcosNetwork, bcosify
+from bcos_kernels.dispatch import available_backends, use_backend
+from bcos_kernels.explain import Explanation, explain, explanation_mode
+from bcos_kernels.functional import batch_norm_uncentered2d, bcos_conv2d, bcos_linear
+from bcos_kernels.modules import (
+    AddInverse,
+    BatchNormUncentered2d,
+    BcosConv2d,
+    BcosLinear,
+    DetachableGELU,
+    DetachableGroupNorm2d,
+    DetachableLayerNorm,
+    LogitLayer,
+)
+
+__all__ = [
+    "AddInverse",
+    "BatchNormUncentered2d",
+    "BcosConv2d",
+    "BcosLinear",
+    "BcosNetwork",
+    "DetachableGELU",
+    "DetachableGroupNorm2d",
+    "DetachableLayerNorm",
+    "Explanation",
+    "LogitLayer",
+    "__version__",
+    "available_backends",
+    "batch_norm_uncentered2d",
+    "bcos_conv2d",
+    "bcos_linear",
+    "bcosify",
+    "explain",
+    "explanation_mode",
+    "use_backend",
+]

@@ -1,0 +1,144 @@
+"""What every backend promises, in one place: which tensors a forward pass keeps, in which dtype and memory format.
+
+A backend is a module with these functions (``dispatch`` finds it by name)::
+
+    unavailable() -> str | None                  # None, or one sentence saying why it cannot be used at all
+    why_not(call: Call) -> str | None            # None, or one sentence saying why it cannot run this call
+
+    conv2d(x, weight, bias, options, for_backward) -> Forward
+    conv2d_backward(grad, x, weight, bias, saved, options, needs) -> Gradients
+    linear(x, weight, bias, options, for_backward) -> Forward
+    linear_backward(grad, x, weight, bias, saved, options, needs) -> Gradients
+    batch_norm_uncentered2d(x, var, weight, bias, eps) -> (z, mean, batch_var)      # the latter two empty if var is given
+    batch_norm_uncentered2d_backward(grad, x, mean, var, weight, eps, batch_stats, detach_var, needs)
+        -> (dx, dweight, dbias)
+
+A function may be missing where ``why_not`` refuses its calls.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Options:
+    """All that a B-cos convolution or linear layer is told besides its tensors; a linear layer keeps the defaults.
+
+    ``b`` is a float, or a scalar tensor that may need a gradient.
+    """
+
+    b: float | Tensor = 2.0
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+    max_out: int = 1
+    normalize_weight: bool = False
+    detach_scale: bool = False
+
+    @property
+    def is_linear(self) -> bool:
+        """B = 1: the layer is its linear part, there is neither norm nor scale."""
+        return not isinstance(self.b, Tensor) and self.b == 1
+
+    @property
+    def is_quadratic(self) -> bool:
+        """B = 2 as a number: the scale is ``|l| / n``, without an epsilon."""
+        return not isinstance(self.b, Tensor) and self.b == 2
+
+    def keeps_linear(self, dtype: torch.dtype) -> bool:
+        """Whether backward needs the linear output ``l``, or can do with ``y``.
+
+        For B = 2, ``|l| = sqrt(|y| n)``, and ``y`` is kept by the next layer anyway. In float16 ``y`` underflows where
+        ``l`` does not, and for general B the root is neither exact nor cheap.
+        """
+        return not self.is_linear and not (self.is_quadratic and dtype != torch.float16)
+
+
+class Forward(NamedTuple):
+    """Result of a B-cos forward pass and what its backward pass needs. What does not apply is an empty tensor."""
+
+    y: Tensor
+    #: conv2d ``[N, G, Ho, Wo]``, linear ``[..., 1]``; dtype ``accumulator(x.dtype)``; empty for B = 1
+    norm: Tensor
+    #: shape and dtype of ``y``; only where ``keeps_linear`` and a backward pass may follow
+    linear: Tensor
+    #: shape of ``y``, ``winner_dtype``: index 0..M-1 of the winning MaxOut row; only for M > 1 and backward
+    winner: Tensor
+
+
+class Saved(NamedTuple):
+    """What backward gets back from forward: ``kept`` is ``linear`` where ``keeps_linear``, else ``y``."""
+
+    kept: Tensor
+    norm: Tensor
+    winner: Tensor
+
+
+class Needs(NamedTuple):
+    """Which gradients are wanted."""
+
+    x: bool
+    weight: bool
+    bias: bool
+    b: bool
+
+
+class Gradients(NamedTuple):
+    """One tensor for every field of :class:`Needs`; empty where it is not wanted."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor
+    b: Tensor
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of one operation, as the choice of a backend sees it."""
+
+    op: str
+    x: Tensor
+    weight: Tensor | None = None
+    options: Options = field(default_factory=Options)
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """Norms, scales and sums are computed in float32, or in float64 for float64 input."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def winner_dtype(max_out: int) -> torch.dtype:
+    return torch.uint8 if max_out <= 256 else torch.int64
+
+
+def _prefers_channels_last(t: Tensor) -> bool:
+    return t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous()
+
+
+def memory_format(*tensors: Tensor) -> torch.memory_format:
+    """``channels_last`` as soon as one of the tensors is: PyTorch's own rule for convolutions.
+
+    ``y`` and ``dx`` have the format of ``(x, weight)``, ``dweight`` that of ``(weight,)``, on every backend.
+    """
+    return torch.channels_last if any(map(_prefers_channels_last, tensors)) else torch.contiguous_format
+
+
+def conv_output_size(
+    size: tuple[int, int],
+    kernel_size: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+) -> tuple[int, int]:
+    """``(Ho, Wo)`` of a convolution over ``(H, W)``."""
+    ho, wo = (
+        (n + 2 * p - d * (k - 1) - 1) // s + 1
+        for n, k, s, p, d in zip(size, kernel_size, stride, padding, dilation, strict=True)
+    )
+    return ho, wo

@@ -1,0 +1,344 @@
+"""The functions that users call: arguments are checked here, once, in words, and nowhere below."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bcos_kernels import dispatch, ops, reference
+from bcos_kernels.contract import Options, conv_output_size
+
+Pair = int | Sequence[int]
+
+
+def bcos_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    b: float | Tensor = 2.0,
+    stride: Pair = 1,
+    padding: Pair | str = 0,
+    dilation: Pair = 1,
+    groups: int = 1,
+    max_out: int = 1,
+    normalize_weight: bool = False,
+    detach_scale: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """B-cos convolution: ``y = |cos(patch, w)|^(B-1) * conv2d(x, w, bias)``.
+
+    The linear part is an ordinary convolution, of which MaxOut keeps the largest of every ``max_out`` neighbouring
+    channels. It is scaled by ``|l| / n`` to the power B-1, where ``n = sqrt(sum over the patch of x^2 + 1e-6)``.
+
+    Args:
+        x: input ``[N, C, H, W]``, any floating dtype; channels-last or contiguous. ``N`` may be 0.
+        weight: ``[O*M, C/G, Kh, Kw]`` in the dtype of ``x`` (under autocast: any floating dtype).
+        bias: ``[O*M]``, added before everything else.
+        b: exponent B >= 1, a number or a scalar tensor. A tensor may need a gradient; it always takes the general formula
+            ``(|l| / n + 1e-6)^(B-1)``, and its value is not checked.
+        stride, padding, dilation: an int, or a pair ``(vertical, horizontal)``; ``padding`` may be ``"same"`` (stride 1) or
+            ``"valid"``. Padding counts as zeros.
+        groups: group g sees channels ``g*C/G ..`` and serves ``O/G`` outputs; each group has its own norm.
+        max_out: M; output channel o is the largest of rows ``o*M .. o*M+M-1``.
+        normalize_weight: use ``w / ||w||`` per output row (B-cos v2) instead of ``w`` (B-cosification).
+        detach_scale: explanation mode: the first derivative takes |cos| as a constant, so that ``y`` is linear in ``x``.
+        backend: one name of :func:`bcos_kernels.available_backends`, ``"auto"``, or None for what ``use_backend`` set.
+
+    Returns:
+        ``[N, O, Ho, Wo]`` in the dtype of ``x`` (under autocast: the autocast dtype), channels-last as soon as ``x`` or
+        ``weight`` is.
+
+    Raises:
+        TypeError: an argument is no tensor, or of a dtype that does not fit.
+        ValueError: shapes, devices, or option values that do not fit; an unknown backend.
+        RuntimeError: the named backend cannot run this call; the message says why.
+
+    Source: B-cos Networks (arXiv 2205.10268, section 3); B-cos v2 (arXiv 2306.10898, section 3); B-cosification
+    (arXiv 2411.00715, section 3).
+    """
+    _check_tensors("x", x, weight=weight, bias=bias)
+    stride, dilation = _pair("stride", stride, 1), _pair("dilation", dilation, 1)
+    _check_rank(x, "x", 4, "[N, C, H, W]")
+    _check_rank(weight, "weight", 4, "[O*max_out, C/groups, Kh, Kw]")
+    _check_positive("groups", groups)
+    rows = _check_max_out(weight, max_out)
+    if x.shape[1] % groups:
+        raise ValueError(f"groups={groups} does not divide the {x.shape[1]} channels of x {_shape(x)}")
+    if weight.shape[1] * groups != x.shape[1]:
+        raise ValueError(
+            f"weight {_shape(weight)} with groups={groups} expects {weight.shape[1] * groups} input channels, "
+            f"but x {_shape(x)} has {x.shape[1]}"
+        )
+    if (rows // max_out) % groups:
+        raise ValueError(
+            f"groups={groups} does not divide the {rows // max_out} output channels (weight {_shape(weight)}, "
+            f"max_out={max_out})"
+        )
+    _check_bias(bias, rows)
+    b = check_exponent(b, x)
+    kernel_size = (weight.shape[2], weight.shape[3])
+    x, padding = _resolve_padding(x, padding, kernel_size, stride, dilation)
+    size = conv_output_size((x.shape[2], x.shape[3]), kernel_size, stride, padding, dilation)
+    if min(size) < 1 or min(kernel_size) < 1:
+        raise ValueError(
+            f"the window of kernel {kernel_size} with dilation {dilation} does not fit into x {_shape(x)} with padding "
+            f"{padding}: the output would be {size[0]} x {size[1]}"
+        )
+    backend = dispatch.requested(backend)
+    if backend == dispatch.REFERENCE:
+        options = Options(b, stride, padding, dilation, groups, max_out, normalize_weight, detach_scale)
+        return ops.conv2d_definition(*_autocast(x, weight, bias), options)
+    value, b_tensor = _split_exponent(b)
+    y: Tensor = torch.ops.bcos.conv2d(
+        x,
+        weight,
+        bias,
+        b_tensor,
+        value,
+        stride,
+        padding,
+        dilation,
+        groups,
+        max_out,
+        normalize_weight,
+        detach_scale,
+        _for_backward(x, weight, bias, b_tensor),
+        backend,
+    )[0]
+    return y
+
+
+def bcos_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    b: float | Tensor = 2.0,
+    max_out: int = 1,
+    normalize_weight: bool = False,
+    detach_scale: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """B-cos linear layer: ``y = |cos(x, w)|^(B-1) * (x @ w.T + bias)``, with ``n = ||x|| + 1e-12`` per row.
+
+    Args:
+        x: ``[..., C]``, any floating dtype.
+        weight: ``[O*M, C]`` in the dtype of ``x`` (under autocast: any floating dtype).
+        bias: ``[O*M]``, added before everything else.
+        b, max_out, normalize_weight, detach_scale, backend: as for :func:`bcos_conv2d`.
+
+    Returns:
+        ``[..., O]`` in the dtype of ``x`` (under autocast: the autocast dtype).
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as for :func:`bcos_conv2d`.
+    """
+    _check_tensors("x", x, weight=weight, bias=bias)
+    if x.dim() < 1:
+        raise ValueError("x must be [..., C]; got a scalar")
+    _check_rank(weight, "weight", 2, "[O*max_out, C]")
+    rows = _check_max_out(weight, max_out)
+    if x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"weight {_shape(weight)} expects {weight.shape[1]} input features, but x {_shape(x)} has {x.shape[-1]}"
+        )
+    _check_bias(bias, rows)
+    b = check_exponent(b, x)
+    backend = dispatch.requested(backend)
+    if backend == dispatch.REFERENCE:
+        options = Options(b, max_out=max_out, normalize_weight=normalize_weight, detach_scale=detach_scale)
+        return ops.linear_definition(*_autocast(x, weight, bias), options)
+    value, b_tensor = _split_exponent(b)
+    y: Tensor = torch.ops.bcos.linear(
+        x,
+        weight,
+        bias,
+        b_tensor,
+        value,
+        max_out,
+        normalize_weight,
+        detach_scale,
+        _for_backward(x, weight, bias, b_tensor),
+        backend,
+    )[0]
+    return y
+
+
+def batch_norm_uncentered2d(
+    x: Tensor,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    training: bool,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    detach_var: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """Batch norm that divides by the standard deviation but does not subtract the mean: ``x / sqrt(var + eps) * weight``.
+
+    Args:
+        x: ``[N, C, H, W]``, any floating dtype.
+        running_var: ``[C]``. In training updated in place to ``(1-momentum)*running_var + momentum*var`` with the biased
+            variance (about the mean) of the batch; in evaluation it is the variance that is used. May be None in training.
+        weight, bias: ``[C]``, or None. May be of a wider dtype than ``x``.
+        training: use the batch's variance.
+        detach_var: explanation mode: the first derivative takes the variance as a constant.
+        backend: as for :func:`bcos_conv2d`.
+
+    Returns:
+        ``[N, C, H, W]`` in the dtype of ``x``.
+
+    Raises:
+        TypeError, ValueError: arguments that do not fit.
+
+    Source: B-cos v2 (arXiv 2306.10898, section 4.2).
+    """
+    _check_floating("x", x)
+    _check_rank(x, "x", 4, "[N, C, H, W]")
+    for name, t in (("running_var", running_var), ("weight", weight), ("bias", bias)):
+        if t is None:
+            continue
+        _check_floating(name, t)
+        _check_device(name, t, x)
+        if t.shape != (x.shape[1],):
+            raise ValueError(f"{name} must be [{x.shape[1]}], one value per channel of x {_shape(x)}; got {_shape(t)}")
+    if running_var is None and not training:
+        raise ValueError("running_var is None: evaluation needs it; pass it, or training=True for the batch's variance")
+    if not 0 <= momentum <= 1:
+        raise ValueError(f"momentum must be between 0 and 1; got {momentum}")
+    if eps < 0:
+        raise ValueError(f"eps must not be negative; got {eps}")
+    backend = dispatch.requested(backend)
+    var = None if training else running_var
+    if backend == dispatch.REFERENCE:
+        z = reference.batch_norm_uncentered2d(x, var, weight, bias, eps=eps, detach_var=detach_var).to(x.dtype)
+        batch_var = x.detach().var((0, 2, 3), unbiased=False) if training else None
+    else:
+        z, _, batch_var = torch.ops.bcos.batch_norm_uncentered2d(x, var, weight, bias, eps, detach_var, backend)
+    if training and running_var is not None and batch_var is not None and x.numel():
+        with torch.no_grad():
+            running_var.lerp_(batch_var.to(running_var.dtype), momentum)
+    return z
+
+
+# ---- checks
+
+
+def _shape(t: Tensor) -> str:
+    return str(list(t.shape))
+
+
+def _check_floating(name: str, t: Tensor) -> None:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor; got {type(t).__name__}")
+    if not t.is_floating_point():
+        raise TypeError(f"{name} must be of a floating dtype; got {t.dtype}; convert it, for images x.float() / 255")
+
+
+def _check_device(name: str, t: Tensor, x: Tensor) -> None:
+    if t.device != x.device:
+        raise ValueError(f"{name} is on {t.device}, but x is on {x.device}; move one to the other with .to(device)")
+
+
+def _check_tensors(first: str, x: Tensor, **others: Tensor | None) -> None:
+    _check_floating(first, x)
+    autocast = torch.is_autocast_enabled(x.device.type)
+    for name, t in others.items():
+        if t is None:
+            continue
+        _check_floating(name, t)
+        _check_device(name, t, x)
+        if t.dtype != x.dtype and not autocast:
+            raise TypeError(f"{name} is {t.dtype}, but x is {x.dtype}; convert one, or use torch.autocast")
+
+
+def _check_rank(t: Tensor, name: str, rank: int, layout: str) -> None:
+    if t.dim() != rank:
+        hint = "; add the batch axis with x.unsqueeze(0)" if name == "x" and t.dim() == rank - 1 else ""
+        raise ValueError(f"{name} must have {rank} axes, {layout}; got {_shape(t)}{hint}")
+
+
+def _check_positive(name: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1; got {value}")
+
+
+def _check_max_out(weight: Tensor, max_out: int) -> int:
+    _check_positive("max_out", max_out)
+    rows = weight.shape[0]
+    if rows < 1 or rows % max_out:
+        raise ValueError(f"max_out={max_out} does not divide the {rows} rows of weight {_shape(weight)}")
+    return rows
+
+
+def _check_bias(bias: Tensor | None, rows: int) -> None:
+    if bias is not None and bias.shape != (rows,):
+        raise ValueError(f"bias must be [{rows}], one value per row of weight; got {_shape(bias)}")
+
+
+def check_exponent(b: float | Tensor, x: Tensor | None = None) -> float | Tensor:
+    """``b`` as a float, or the scalar tensor that it is."""
+    if isinstance(b, Tensor):
+        _check_floating("b", b)
+        if b.numel() != 1:
+            raise ValueError(f"b must be a number or a scalar tensor; got shape {_shape(b)}")
+        if x is not None:
+            _check_device("b", b, x)
+        return b
+    if isinstance(b, bool) or not isinstance(b, (int, float)):
+        raise TypeError(f"b must be a number or a scalar tensor; got {type(b).__name__}")
+    if not (b >= 1 and math.isfinite(b)):
+        raise ValueError(f"b must be a finite number of at least 1; got {b}")
+    return float(b)
+
+
+def _pair(name: str, value: Pair, least: int) -> tuple[int, int]:
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) != 2:
+        raise ValueError(f"{name} must be an int or a pair (vertical, horizontal); got {value}")
+    if min(pair) < least:
+        raise ValueError(f"{name} must be at least {least}; got {value}")
+    return pair[0], pair[1]
+
+
+def _resolve_padding(
+    x: Tensor, padding: Pair | str, kernel_size: tuple[int, int], stride: tuple[int, int], dilation: tuple[int, int]
+) -> tuple[Tensor, tuple[int, int]]:
+    """Padding in numbers. An even window under ``"same"`` needs one more at the far end: ``x`` is padded for it here."""
+    if not isinstance(padding, str):
+        return x, _pair("padding", padding, 0)
+    if padding == "valid":
+        return x, (0, 0)
+    if padding != "same":
+        raise ValueError(f'padding must be an int, a pair, "same" or "valid"; got {padding!r}')
+    if stride != (1, 1):
+        raise ValueError(f'padding="same" needs stride 1; got stride {stride}')
+    vertical, horizontal = (d * (k - 1) for k, d in zip(kernel_size, dilation, strict=True))
+    if vertical % 2 or horizontal % 2:
+        x = F.pad(x, (0, horizontal % 2, 0, vertical % 2))
+    return x, (vertical // 2, horizontal // 2)
+
+
+def _split_exponent(b: float | Tensor) -> tuple[float, Tensor | None]:
+    """B as the operators take it: a number, or the tensor that stands in for it."""
+    return (2.0, b) if isinstance(b, Tensor) else (b, None)
+
+
+def _for_backward(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
+    """What autocast would do to the arguments of a convolution; the operators do it themselves."""
+    kind = next(t.device.type for t in tensors if t is not None)
+    if not torch.is_autocast_enabled(kind):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(kind)
+    return [t.to(dtype) if t is not None and t.dtype == torch.float32 else t for t in tensors]

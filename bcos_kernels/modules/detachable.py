@@ -1,0 +1,17 @@
+"""What all layers with an explanation mode have in common."""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+class DetachableModule(nn.Module):
+    """A layer whose input-dependent factor can be taken as a constant by the backward pass.
+
+    The names ``detach`` and ``set_explanation_mode`` are those of the public B-cos code, whose tools look for them.
+    """
+
+    detach: bool = False
+
+    def set_explanation_mode(self, activate: bool = True) -> None:
+        self.detach = activate

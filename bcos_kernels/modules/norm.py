@@ -1,0 +1,79 @@
+"""Normalisation layers whose variance can be taken as a constant (explanation mode)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bcos_kernels import reference
+from bcos_kernels.functional import batch_norm_uncentered2d
+from bcos_kernels.modules.detachable import DetachableModule
+
+
+class BatchNormUncentered2d(nn.BatchNorm2d, DetachableModule):
+    """Batch norm that does not subtract the mean; see :func:`bcos_kernels.batch_norm_uncentered2d`.
+
+    Arguments and buffers are those of ``nn.BatchNorm2d``, so that its checkpoints load, plus ``bias`` (False: none).
+    ``running_mean`` is kept for that alone; it is neither used nor updated.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        *,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+        if not bias:
+            self.register_parameter("bias", None)
+
+    def reset_parameters(self) -> None:
+        self.reset_running_stats()
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
+        if getattr(self, "bias", None) is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        momentum = self.momentum
+        if self.training and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if momentum is None:  # cumulative average
+                momentum = 1.0 / float(self.num_batches_tracked)
+        return batch_norm_uncentered2d(
+            input,
+            self.running_var,
+            self.weight,
+            self.bias,
+            training=self.training or self.running_var is None,
+            momentum=momentum if momentum is not None else 0.0,
+            eps=self.eps,
+            detach_var=self.detach,
+        )
+
+
+class DetachableLayerNorm(nn.LayerNorm, DetachableModule):
+    """``nn.LayerNorm``; in explanation mode the variance is a constant, the mean is not."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.detach:
+            return super().forward(input)
+        return reference.layer_norm(input, self.normalized_shape, self.weight, self.bias, eps=self.eps, detach_var=True)
+
+
+class DetachableGroupNorm2d(nn.GroupNorm, DetachableModule):
+    """``nn.GroupNorm`` of ``[N, C, H, W]``; in explanation mode the variance is a constant, the mean is not."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.dim() != 4:
+            raise ValueError(f"input must have 4 axes, [N, C, H, W]; got {list(input.shape)}")
+        if not self.detach:
+            return F.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
+        return reference.group_norm(input, self.num_groups, self.weight, self.bias, eps=self.eps, detach_var=True)

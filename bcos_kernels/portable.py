@@ -1,0 +1,265 @@
+"""The portable backend: PyTorch's own convolution and matrix product, with hand-written gradients around them.
+
+It runs wherever PyTorch runs. Norms, scales and sums are computed in float32 (float64 for float64 input).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bcos_kernels import reference
+from bcos_kernels.contract import (
+    Call,
+    Forward,
+    Gradients,
+    Needs,
+    Options,
+    Saved,
+    accumulator,
+    winner_dtype,
+)
+
+
+def unavailable() -> str | None:
+    return None
+
+
+def why_not(call: Call) -> str | None:
+    return None
+
+
+# ---- the scale, shared by convolution and linear layer. Shapes: `linear` and `norm` broadcast against each other.
+
+
+def _scale_backward(grad: Tensor, linear: Tensor, norm: Tensor, options: Options, needs: Needs) -> tuple[Tensor, ...]:
+    """Gradients of ``y = l * scale(l, n)`` with respect to ``l``, and, where wanted, to ``n`` and ``b`` by element."""
+    empty = grad.new_empty(0)
+    cos = linear.abs() / norm
+    needs_norm = needs.x and not options.detach_scale
+    if options.is_quadratic:
+        dnorm = -grad * linear * cos / norm if needs_norm else empty
+        return grad * cos * (1 if options.detach_scale else 2), dnorm, empty
+    b = options.b
+    base = cos + reference.COS_EPS
+    factor = base ** (b - 1)
+    slope = (b - 1) * base ** (b - 2) * cos  # d factor / d ln|cos|
+    dlinear = grad * (factor if options.detach_scale else factor + slope)
+    dnorm = -grad * linear * slope / norm if needs_norm else empty
+    db = grad * linear * factor * base.log() if needs.b else empty
+    return dlinear, dnorm, db
+
+
+def _recover_linear(saved: Saved, norm: Tensor, options: Options, dtype: torch.dtype) -> Tensor:
+    """The linear output ``l``, kept or, for B = 2, recovered as ``sign(y) sqrt(|y| n)``."""
+    kept = saved.kept.to(accumulator(dtype))
+    if options.keeps_linear(dtype):
+        return kept
+    return torch.copysign((kept.abs() * norm).sqrt(), kept)
+
+
+def _pick_winner(u: Tensor, max_out: int, dim: int) -> tuple[Tensor, Tensor]:
+    if max_out == 1:
+        return u, u.new_empty(0, dtype=winner_dtype(max_out))
+    best = u.unflatten(dim, (-1, max_out)).max(dim if dim < 0 else dim + 1)
+    return best.values, best.indices.to(winner_dtype(max_out))
+
+
+def _scatter_to_winner(dlinear: Tensor, winner: Tensor, max_out: int, dim: int) -> Tensor:
+    if max_out == 1:
+        return dlinear
+    at = dim if dim < 0 else dim + 1
+    shape = list(dlinear.shape)
+    shape.insert(at % (dlinear.dim() + 1), max_out)
+    rows = dlinear.new_zeros(shape).scatter_(at, winner.long().unsqueeze(at), dlinear.unsqueeze(at))
+    return rows.flatten(at - 1, at)
+
+
+def _unit_rows(weight: Tensor, options: Options) -> Tensor:
+    if not options.normalize_weight:
+        return weight
+    return reference.unit_rows(weight.to(accumulator(weight.dtype))).to(weight.dtype)
+
+
+def _unit_rows_backward(dunit: Tensor, weight: Tensor, options: Options) -> Tensor:
+    """Through ``w / ||w||``: what is orthogonal to the unit row, divided by its length."""
+    if not options.normalize_weight:
+        return dunit
+    rows, drows = (t.to(accumulator(weight.dtype)).flatten(1) for t in (weight, dunit))
+    length = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    unit = rows / length
+    return ((drows - unit * (drows * unit).sum(1, keepdim=True)) / length).view_as(weight).to(weight.dtype)
+
+
+def _forward(u: Tensor, norm: Tensor, options: Options, for_backward: bool, channels: int) -> Forward:
+    """MaxOut and scale behind the linear part; ``channels`` is the channel axis of ``u``, ``norm`` has one per group."""
+    linear, winner = _pick_winner(u, options.max_out, channels)
+    winner = winner if for_backward else winner.new_empty(0)
+    if options.is_linear:
+        return Forward(linear, norm, linear.new_empty(0), winner)
+    grouped = linear.to(norm.dtype).unflatten(channels, (options.groups, -1))
+    y = grouped * reference.scale(grouped, _by_group(norm, channels), options.b)
+    y = y.flatten(*_group_axes(channels)).to(linear.dtype)
+    keep = for_backward and options.keeps_linear(linear.dtype)
+    return Forward(y, norm, linear if keep else linear.new_empty(0), winner)
+
+
+def _group_axes(channels: int) -> tuple[int, int]:
+    """The axes (group, channel of the group) after the channel axis was split."""
+    return (channels, channels + 1) if channels >= 0 else (channels - 1, channels)
+
+
+def _by_group(norm: Tensor, channels: int) -> Tensor:
+    return norm.unsqueeze(_group_axes(channels)[1])
+
+
+def _backward(
+    grad: Tensor, saved: Saved, options: Options, needs: Needs, dtype: torch.dtype, channels: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(du, dL/dn summed by group, db)`` from the gradient of ``y``."""
+    if options.is_linear:
+        empty = grad.new_empty(0)
+        return _scatter_to_winner(grad, saved.winner, options.max_out, channels), empty, empty
+    group_axes = _group_axes(channels)
+    norm = _by_group(saved.norm, channels)
+    split = (options.groups, -1)
+    grouped = Saved(saved.kept.unflatten(channels, split), norm, saved.winner)
+    linear = _recover_linear(grouped, norm, options, dtype)
+    dlinear, dnorm, db = _scale_backward(grad.to(norm.dtype).unflatten(channels, split), linear, norm, options, needs)
+    du = _scatter_to_winner(dlinear.flatten(*group_axes).to(dtype), saved.winner, options.max_out, channels)
+    dnorm = dnorm.sum(group_axes[1]) if dnorm.numel() else dnorm
+    return du, dnorm, db.sum() if needs.b else db
+
+
+# ---- convolution
+
+
+def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, options: Options, for_backward: bool) -> Forward:
+    o = options
+    u = F.conv2d(x, _unit_rows(weight, o), bias, o.stride, o.padding, o.dilation, o.groups)
+    acc = accumulator(x.dtype)
+    norm = x.new_empty(0, dtype=acc)
+    if not o.is_linear:
+        norm = reference.patch_norm(x.to(acc), weight.shape[2:], o.stride, o.padding, o.dilation, o.groups)
+    return _forward(u, norm, o, for_backward, channels=1)
+
+
+def conv2d_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, saved: Saved, options: Options, needs: Needs
+) -> Gradients:
+    o = options
+    du, dnorm, db = _backward(grad, saved, o, needs, x.dtype, channels=1)
+    bias_sizes = None if bias is None else list(bias.shape)
+    mask = [needs.x, needs.weight, needs.bias]
+    dx, dunit, dbias = torch.ops.aten.convolution_backward(
+        du, x, _unit_rows(weight, o), bias_sizes, o.stride, o.padding, o.dilation, False, [0, 0], o.groups, mask
+    )
+    empty = grad.new_empty(0)
+    if dnorm.numel():
+        spread = window_sum_transposed(dnorm / saved.norm, x.shape, weight.shape[2:], o)
+        pulled = x.to(spread.dtype).unflatten(1, (o.groups, -1)) * spread.unsqueeze(2)
+        dx = (dx.to(spread.dtype) + pulled.flatten(1, 2)).to(x.dtype)
+    return Gradients(
+        dx if needs.x else empty,
+        _unit_rows_backward(dunit, weight, o) if needs.weight else empty,
+        dbias if needs.bias else empty,
+        db,
+    )
+
+
+def window_sum_transposed(q: Tensor, x_shape: torch.Size, kernel_size: torch.Size, options: Options) -> Tensor:
+    """The adjoint of :func:`reference.window_sum`: ``q [N, G, Ho, Wo]`` spread over its windows, ``[N, G, H, W]``."""
+    o = options
+    for axis, k, s, p, d in zip(
+        (3, 2), reversed(kernel_size), o.stride[::-1], o.padding[::-1], o.dilation[::-1], strict=True
+    ):
+        size = list(q.shape)
+        size[axis] = x_shape[axis] + 2 * p
+        reach = s * (q.shape[axis] - 1) + 1
+        out = q.new_zeros(size)
+        for i in range(k):
+            taps = out.narrow(axis, i * d, reach)
+            taps = taps[:, :, ::s] if axis == 2 else taps[:, :, :, ::s]
+            taps += q
+        q = out.narrow(axis, p, x_shape[axis])
+    return q
+
+
+# ---- linear layer
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, options: Options, for_backward: bool) -> Forward:
+    u = F.linear(x, _unit_rows(weight, options), bias)
+    acc = accumulator(x.dtype)
+    norm = x.new_empty(0, dtype=acc) if options.is_linear else reference.row_norm(x.to(acc))
+    return _forward(u, norm, options, for_backward, channels=-1)
+
+
+def linear_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, saved: Saved, options: Options, needs: Needs
+) -> Gradients:
+    du, dnorm, db = _backward(grad, saved, options, needs, x.dtype, channels=-1)
+    empty = grad.new_empty(0)
+    rows = du.reshape(-1, du.shape[-1])
+    dx = dweight = dbias = empty
+    if needs.x:
+        dx = du @ _unit_rows(weight, options)
+    if dnorm.numel():
+        # dn/dx = x / ||x||, and 0 at the origin as for torch's own norm
+        length = (saved.norm - reference.ROW_NORM_EPS).clamp_min(torch.finfo(saved.norm.dtype).tiny)
+        dx = (dx.to(length.dtype) + x * (dnorm / length)).to(x.dtype)
+    if needs.weight:
+        dweight = _unit_rows_backward(rows.t() @ x.reshape(-1, x.shape[-1]), weight, options)
+    if needs.bias:
+        dbias = rows.sum(0)
+    return Gradients(dx, dweight, dbias, db)
+
+
+# ---- uncentered batch norm
+
+
+def batch_norm_uncentered2d(
+    x: Tensor, var: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    acc = accumulator(x.dtype)
+    value = x.to(acc)
+    batch_var = mean = x.new_empty(0, dtype=acc)
+    if var is None:
+        var, mean = batch_var, mean = torch.var_mean(value, (0, 2, 3), unbiased=False)
+    gain = (var.to(acc) + eps).rsqrt()
+    gain = gain if weight is None else gain * weight.to(acc)
+    z = value * gain[:, None, None]
+    z = z if bias is None else z + bias.to(acc)[:, None, None]
+    return z.to(x.dtype), mean, batch_var
+
+
+def batch_norm_uncentered2d_backward(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    batch_stats: bool,
+    detach_var: bool,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    acc = accumulator(x.dtype)
+    needs_x, needs_weight, needs_bias = needs
+    empty = grad.new_empty(0)
+    g, value = grad.to(acc), x.to(acc)
+    inv_std = (var.to(acc) + eps).rsqrt()
+    through_var = needs_x and batch_stats and not detach_var
+    dot = (g * value).sum((0, 2, 3)) if needs_weight or through_var else empty
+    dx = empty
+    if needs_x:
+        gain = inv_std if weight is None else inv_std * weight.to(acc)
+        dx = g * gain[:, None, None]
+        if through_var:
+            # dL/dvar = -dot * gain * inv_std^2 / 2 and dvar/dx = 2 (x - mean) / count
+            pull = -dot * gain * inv_std.square() * (x.shape[1] / x.numel())
+            dx = dx + (value - mean[:, None, None]) * pull[:, None, None]
+        dx = dx.to(x.dtype)
+    dweight = (dot * inv_std).to(weight.dtype) if needs_weight and weight is not None else empty
+    return dx, dweight, g.sum((0, 2, 3)) if needs_bias else empty

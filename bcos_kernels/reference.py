@@ -1,0 +1,226 @@
+"""The definition of every operation, in plain PyTorch.
+
+Everything else in this package is tested against these functions. They run on any device and in any floating dtype, are
+differentiable as often as one likes, and are written to be read, not to be fast.
+
+Explanation mode (``detach_*=True``) treats the input-dependent factor of a layer as a constant, so that the layer becomes
+the linear map that it actually applied. See :class:`_Freeze` for what that means for second derivatives.
+
+Sources: B-cos Networks (arXiv 2205.10268), B-cos v2 (arXiv 2306.10898), B-cosification (arXiv 2411.00715).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+#: Inside the root of the convolution's patch norm.
+PATCH_NORM_EPS = 1e-6
+#: Added to the linear layer's norm, outside the root.
+ROW_NORM_EPS = 1e-12
+#: Added to |cos| where the exponent is neither 1 nor 2.
+COS_EPS = 1e-6
+
+
+class _Freeze(torch.autograd.Function):
+    """``value * factor`` whose first derivative does not look into ``factor``.
+
+    ``factor.detach()`` would do the same to the first derivative, but its second derivative would be wrong: the gradient
+    of ``value`` is ``grad * factor``, and a loss on that gradient (training on the explanation) does depend on ``factor``.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, factor: Tensor) -> Tensor:
+        ctx.save_for_backward(factor)
+        return value * factor
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (factor,) = ctx.saved_tensors
+        return grads[0] * factor, None
+
+
+def scaled(value: Tensor, factor: Tensor, *, detach: bool) -> Tensor:
+    """``value * factor``, ``factor`` taken as a constant by the first derivative where ``detach``.
+
+    ``factor`` must broadcast to the shape of ``value``.
+    """
+    return _Freeze.apply(value, factor.expand_as(value)) if detach else value * factor
+
+
+def window_sum(
+    x: Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> Tensor:
+    """Sum over every convolution window of each channel of ``x`` ``[N, G, H, W]``; padding counts as zeros.
+
+    One axis after the other, as sums of shifted slices: exact in any dtype (a convolution with ones could run in TF32).
+    """
+    x = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
+    for axis, k, s, d in zip((2, 3), kernel_size, stride, dilation, strict=True):
+        length = (x.shape[axis] - d * (k - 1) - 1) // s + 1
+        taps = [x.narrow(axis, i * d, s * (length - 1) + 1) for i in range(k)]
+        x = sum(taps[1:], start=taps[0])
+        if s > 1:
+            x = x[:, :, ::s] if axis == 2 else x[:, :, :, ::s]
+    return x
+
+
+def patch_norm(
+    x: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """``sqrt(sum over the patch of x^2 + 1e-6)``: ``[N, C, H, W]`` to ``[N, G, Ho, Wo]``."""
+    squares = x.square().unflatten(1, (groups, -1)).sum(2)
+    return (window_sum(squares, kernel_size, stride, padding, dilation) + PATCH_NORM_EPS).sqrt()
+
+
+def row_norm(x: Tensor) -> Tensor:
+    """``||x||_2 + 1e-12`` over the last axis, which is kept with size 1."""
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True) + ROW_NORM_EPS
+
+
+def unit_rows(weight: Tensor) -> Tensor:
+    """``w / ||w||`` for every output row, without an epsilon (B-cos v2)."""
+    norm = torch.linalg.vector_norm(weight.flatten(1), dim=1)
+    return weight / norm.view(-1, *[1] * (weight.dim() - 1))
+
+
+def max_out_channels(u: Tensor, max_out: int, dim: int) -> Tensor:
+    """The largest of every ``max_out`` neighbours along ``dim``; a tie sends its gradient where ``torch.max`` does."""
+    return u if max_out == 1 else u.unflatten(dim, (-1, max_out)).max(dim if dim < 0 else dim + 1).values
+
+
+def scale(linear: Tensor, norm: Tensor, b: float | Tensor) -> Tensor:
+    """``|cos|^(B-1)``, with ``cos = linear / norm``.
+
+    For B = 2, given as a number, there is no epsilon. A tensor always takes the general formula: its value is not looked
+    at, so that it has a gradient everywhere and costs no synchronisation.
+    """
+    if not isinstance(b, Tensor) and b == 2:
+        return linear.abs() / norm
+    return (linear.abs() / norm + COS_EPS) ** (b - 1)
+
+
+def apply_scale(linear: Tensor, norm: Tensor, b: float | Tensor, *, detach: bool) -> Tensor:
+    """``l * |cos|^(B-1)``. ``detach`` makes |cos| a constant; B keeps its gradient."""
+    y = scaled(linear, scale(linear, norm, b), detach=detach)
+    if detach and isinstance(b, Tensor):
+        # adds exactly nothing to the value, and dy/dB = y log|cos| to the gradient
+        y = y + scaled((b - b.detach()).expand_as(y), y * (linear.abs() / norm + COS_EPS).log(), detach=True)
+    return y
+
+
+def conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    b: float | Tensor = 2.0,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+    groups: int = 1,
+    max_out: int = 1,
+    normalize_weight: bool = False,
+    detach_scale: bool = False,
+) -> Tensor:
+    """B-cos convolution (arXiv 2306.10898, sections 3 and 4).
+
+    ``x [N, C, H, W]``, ``weight [O*M, C/G, Kh, Kw]``, ``bias [O*M]``, result ``[N, O, Ho, Wo]`` with ``M = max_out``.
+    """
+    weight = unit_rows(weight) if normalize_weight else weight
+    u = F.conv2d(x, weight, bias, tuple(stride), tuple(padding), tuple(dilation), groups)
+    linear = max_out_channels(u, max_out, 1)
+    if not isinstance(b, Tensor) and b == 1:
+        return linear
+    norm = patch_norm(x, weight.shape[2:], stride, padding, dilation, groups)
+    norm = norm.repeat_interleave(linear.shape[1] // groups, dim=1) if groups > 1 else norm
+    return apply_scale(linear, norm, b, detach=detach_scale)
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    b: float | Tensor = 2.0,
+    max_out: int = 1,
+    normalize_weight: bool = False,
+    detach_scale: bool = False,
+) -> Tensor:
+    """B-cos linear layer: ``x [..., C]``, ``weight [O*M, C]``, ``bias [O*M]``, result ``[..., O]``."""
+    weight = unit_rows(weight) if normalize_weight else weight
+    out = max_out_channels(F.linear(x, weight, bias), max_out, -1)
+    if not isinstance(b, Tensor) and b == 1:
+        return out
+    return apply_scale(out, row_norm(x), b, detach=detach_scale)
+
+
+def batch_norm_uncentered2d(
+    x: Tensor,
+    var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    detach_var: bool = False,
+) -> Tensor:
+    """``x / sqrt(var + eps) * weight + bias`` per channel of ``x [N, C, H, W]`` (arXiv 2306.10898, section 4.2).
+
+    ``var`` is the running variance (evaluation), or None for the batch's own biased variance about the mean (training).
+    The mean is not subtracted either way.
+    """
+    if var is None:
+        var = x.var((0, 2, 3), unbiased=False)
+    z = scaled(x, (var + eps).rsqrt()[:, None, None], detach=detach_var)
+    if weight is not None:
+        z = z * weight[:, None, None]
+    return z if bias is None else z + bias[:, None, None]
+
+
+def layer_norm(
+    x: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    detach_var: bool = False,
+) -> Tensor:
+    """Layer norm over the last ``len(normalized_shape)`` axes; ``detach_var`` makes the variance a constant, not the mean."""
+    axes = tuple(range(-len(normalized_shape), 0))
+    var, mean = torch.var_mean(x, axes, unbiased=False, keepdim=True)
+    z = scaled(x - mean, (var + eps).rsqrt(), detach=detach_var)
+    if weight is not None:
+        z = z * weight
+    return z if bias is None else z + bias
+
+
+def group_norm(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    detach_var: bool = False,
+) -> Tensor:
+    """Group norm of ``x [N, C, H, W]``; ``detach_var`` makes the variance a constant, not the mean."""
+    grouped = x.unflatten(1, (num_groups, -1))
+    z = layer_norm(grouped, grouped.shape[2:], eps=eps, detach_var=detach_var).flatten(1, 2)
+    if weight is not None:
+        z = z * weight[:, None, None]
+    return z if bias is None else z + bias[:, None, None]
+
+
+def gelu(x: Tensor, *, detach_gate: bool = False) -> Tensor:
+    """``x * gate`` with ``gate = 0.5 (1 + erf(x / sqrt 2))``; ``detach_gate`` makes the gate a constant."""
+    return scaled(x, 0.5 * (1 + torch.erf(x * 0.5**0.5)), detach=detach_gate)
