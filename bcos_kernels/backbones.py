@@ -7,12 +7,18 @@ and replaces only the network's ``forward``.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
 class Backbone(nn.Module):
     """The children of ``source``, run in another order."""
+
+    if TYPE_CHECKING:  # nn.Module says `Tensor | Module`; here all are modules
+
+        def __getattr__(self, name: str) -> Any: ...
 
     #: children by which the structure is recognised
     structure: tuple[str, ...]
@@ -51,7 +57,9 @@ class DenseNet(Backbone):
     @classmethod
     def fits(cls, model: nn.Module) -> bool:
         # other networks have children of these names too, but no dense blocks
-        return super().fits(model) and any(name.startswith("denseblock") for name, _ in model.features.named_children())
+        return super().fits(model) and any(
+            n.startswith("denseblock") for n, _ in model.get_submodule("features").named_children()
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.features(x), inplace=True)

@@ -210,7 +210,8 @@ def _layer_norm(norm: nn.LayerNorm, b: float | Tensor) -> nn.Module:
 
 def _group_norm(norm: nn.GroupNorm, b: float | Tensor) -> nn.Module:
     new = DetachableGroupNorm2d(norm.num_groups, norm.num_channels, norm.eps, norm.affine, device="meta")
-    new.weight, new.bias = norm.weight, None
+    new.weight = norm.weight
+    new.register_parameter("bias", None)
     return new
 
 

@@ -30,7 +30,7 @@ def explanation_mode(model: nn.Module) -> Iterator[nn.Module]:
     Raises:
         ValueError: the model has no such module: it is no B-cos network.
     """
-    layers = [m for m in model.modules() if hasattr(m, "set_explanation_mode")]
+    layers: list[Any] = [m for m in model.modules() if hasattr(m, "set_explanation_mode")]
     if not layers:
         raise ValueError(
             f"model: {type(model).__name__} has no layer with an explanation mode; convert it with bcosify"

@@ -294,7 +294,7 @@ def check_exponent(b: float | Tensor, x: Tensor | None = None) -> float | Tensor
         return b
     if isinstance(b, bool) or not isinstance(b, (int, float)):
         raise TypeError(f"b must be a number or a scalar tensor; got {type(b).__name__}")
-    if not (b >= 1 and math.isfinite(b)):
+    if not 1 <= b < math.inf:
         raise ValueError(f"b must be a finite number of at least 1; got {b}")
     return float(b)
 
@@ -335,10 +335,14 @@ def _for_backward(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
-    """What autocast would do to the arguments of a convolution; the operators do it themselves."""
-    kind = next(t.device.type for t in tensors if t is not None)
+def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What autocast does to the arguments of a convolution, for the reference; the operators do it themselves."""
+    kind = x.device.type
     if not torch.is_autocast_enabled(kind):
-        return list(tensors)
+        return x, weight, bias
     dtype = torch.get_autocast_dtype(kind)
-    return [t.to(dtype) if t is not None and t.dtype == torch.float32 else t for t in tensors]
+
+    def cast(t: Tensor) -> Tensor:
+        return t.to(dtype) if t.dtype == torch.float32 else t
+
+    return cast(x), cast(weight), None if bias is None else cast(bias)

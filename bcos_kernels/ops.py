@@ -82,8 +82,16 @@ def _options(
     normalize_weight: bool,
     detach_scale: bool,
 ) -> Options:
-    pairs = ((s[0], s[1]) for s in (stride, padding, dilation))
-    return Options(b if b_tensor is None else b_tensor, *pairs, groups, max_out, normalize_weight, detach_scale)
+    return Options(
+        b if b_tensor is None else b_tensor,
+        (stride[0], stride[1]),
+        (padding[0], padding[1]),
+        (dilation[0], dilation[1]),
+        groups,
+        max_out,
+        normalize_weight,
+        detach_scale,
+    )
 
 
 def _linear_options(b_tensor: _Maybe, b: float, max_out: int, normalize_weight: bool, detach_scale: bool) -> Options:
@@ -117,12 +125,14 @@ def _differentiate_backward(
         return t.to(acc, copy=True) if again and t.requires_grad else t.detach().to(acc, copy=True).requires_grad_()
 
     with torch.enable_grad(), torch.autocast(grad.device.type, enabled=False):
-        tensors = [tied(t) for t in (grad, *inputs)]
+        tensors: list[Any] = [tied(t) for t in (grad, *inputs)]
         y = forward(*tensors[1:])
         wanted = [
             i for i, c in enumerate(cotangents) if c is not None and first_needs[i] and tensors[i + 1] is not None
         ]
         sources = [i for i, n in enumerate(needs) if n and tensors[i] is not None]
+        if not wanted or not sources:
+            return [None] * len(tensors)
         first = torch.autograd.grad(
             y,
             [tensors[i + 1] for i in wanted],
@@ -133,7 +143,7 @@ def _differentiate_backward(
         )
         pairs = [(f, cotangents[i]) for f, i in zip(first, wanted, strict=True) if f.requires_grad]
         results: list[_Maybe] = [None] * len(tensors)
-        if pairs and sources:
+        if pairs:
             outputs, weights = zip(*pairs, strict=True)
             second = torch.autograd.grad(
                 outputs,

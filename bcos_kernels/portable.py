@@ -224,10 +224,13 @@ def batch_norm_uncentered2d(
 ) -> tuple[Tensor, Tensor, Tensor]:
     acc = accumulator(x.dtype)
     value = x.to(acc)
-    batch_var = mean = x.new_empty(0, dtype=acc)
     if var is None:
-        var, mean = batch_var, mean = torch.var_mean(value, (0, 2, 3), unbiased=False)
-    gain = (var.to(acc) + eps).rsqrt()
+        count = max(x.numel() // x.shape[1], 1)  # an empty batch has variance 0, and gradient 0
+        mean = value.sum((0, 2, 3)) / count
+        batch_var = (value - mean[:, None, None]).square().sum((0, 2, 3)) / count
+    else:
+        mean, batch_var = x.new_empty(0, dtype=acc), x.new_empty(0, dtype=acc)
+    gain = ((batch_var if var is None else var.to(acc)) + eps).rsqrt()
     gain = gain if weight is None else gain * weight.to(acc)
     z = value * gain[:, None, None]
     z = z if bias is None else z + bias.to(acc)[:, None, None]
@@ -258,7 +261,7 @@ def batch_norm_uncentered2d_backward(
         dx = g * gain[:, None, None]
         if through_var:
             # dL/dvar = -dot * gain * inv_std^2 / 2 and dvar/dx = 2 (x - mean) / count
-            pull = -dot * gain * inv_std.square() * (x.shape[1] / x.numel())
+            pull = -dot * gain * inv_std.square() * (x.shape[1] / max(x.numel(), 1))
             dx = dx + (value - mean[:, None, None]) * pull[:, None, None]
         dx = dx.to(x.dtype)
     dweight = (dot * inv_std).to(weight.dtype) if needs_weight and weight is not None else empty

@@ -31,6 +31,7 @@ class _Freeze(torch.autograd.Function):
 
     ``factor.detach()`` would do the same to the first derivative, but its second derivative would be wrong: the gradient
     of ``value`` is ``grad * factor``, and a loss on that gradient (training on the explanation) does depend on ``factor``.
+    For that to be exact, nothing of the same layer may be multiplied to the result: parameters go into ``value``.
     """
 
     @staticmethod
@@ -113,8 +114,9 @@ def apply_scale(linear: Tensor, norm: Tensor, b: float | Tensor, *, detach: bool
     """``l * |cos|^(B-1)``. ``detach`` makes |cos| a constant; B keeps its gradient."""
     y = scaled(linear, scale(linear, norm, b), detach=detach)
     if detach and isinstance(b, Tensor):
-        # adds exactly nothing to the value, and dy/dB = y log|cos| to the gradient
-        y = y + scaled((b - b.detach()).expand_as(y), y * (linear.abs() / norm + COS_EPS).log(), detach=True)
+        # adds exactly nothing to the value, and dy/dB = l |cos|^(B-1) log|cos| to the gradient
+        slope = linear * scale(linear, norm, b) * (linear.abs() / norm + COS_EPS).log()
+        y = y + scaled((b - b.detach()).expand_as(y), slope, detach=True)
     return y
 
 
@@ -180,9 +182,9 @@ def batch_norm_uncentered2d(
     """
     if var is None:
         var = x.var((0, 2, 3), unbiased=False)
-    z = scaled(x, (var + eps).rsqrt()[:, None, None], detach=detach_var)
     if weight is not None:
-        z = z * weight[:, None, None]
+        x = x * weight[:, None, None]
+    z = scaled(x, (var + eps).rsqrt()[:, None, None], detach=detach_var)
     return z if bias is None else z + bias[:, None, None]
 
 
@@ -198,9 +200,10 @@ def layer_norm(
     """Layer norm over the last ``len(normalized_shape)`` axes; ``detach_var`` makes the variance a constant, not the mean."""
     axes = tuple(range(-len(normalized_shape), 0))
     var, mean = torch.var_mean(x, axes, unbiased=False, keepdim=True)
-    z = scaled(x - mean, (var + eps).rsqrt(), detach=detach_var)
+    centred = x - mean
     if weight is not None:
-        z = z * weight
+        centred = centred * weight
+    z = scaled(centred, (var + eps).rsqrt(), detach=detach_var)
     return z if bias is None else z + bias
 
 
@@ -215,9 +218,12 @@ def group_norm(
 ) -> Tensor:
     """Group norm of ``x [N, C, H, W]``; ``detach_var`` makes the variance a constant, not the mean."""
     grouped = x.unflatten(1, (num_groups, -1))
-    z = layer_norm(grouped, grouped.shape[2:], eps=eps, detach_var=detach_var).flatten(1, 2)
+    axes = tuple(range(2, grouped.dim()))
+    var, mean = torch.var_mean(grouped, axes, unbiased=False, keepdim=True)
+    centred = grouped - mean
     if weight is not None:
-        z = z * weight[:, None, None]
+        centred = centred * weight.view(num_groups, -1, 1, 1)
+    z = scaled(centred, (var + eps).rsqrt(), detach=detach_var).flatten(1, 2)
     return z if bias is None else z + bias[:, None, None]
 
 

@@ -90,7 +90,7 @@ class BcosConv2d(_BcosLayer):
             dilation,  # type: ignore[arg-type]
             groups,
             bias,
-            padding_mode,
+            padding_mode,  # type: ignore[arg-type]
             device,
             dtype,
         )

@@ -48,7 +48,7 @@ class Normalize(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Normalize:
         """A change of dtype starts from the exact values again: ``model.double()`` is exact in float64."""
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, values in self._values.items():
             now = getattr(self, name)
             setattr(self, name, torch.tensor(values, dtype=now.dtype, device=now.device)[:, None, None])

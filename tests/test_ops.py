@@ -1,0 +1,272 @@
+"""The registered operators: schema, fake, autograd, ``torch.compile``, autocast, and what they keep for backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import bcos_kernels as bk
+from tests.op_cases import LEARNABLE, SHAPES, Case
+from tests.tolerances import GRADIENT, OUTPUT, assert_close
+
+CONV, STRIDED, LINEAR = SHAPES[0], SHAPES[1], SHAPES[11]
+
+
+@pytest.fixture(autouse=True)
+def _forget_compiled_code() -> None:
+    torch._dynamo.reset()
+
+
+VARIANTS: list[dict[str, Any]] = [
+    {"b": 2},
+    {"b": 1},
+    {"b": 1.5},
+    {"b": LEARNABLE},
+    {"b": 2, "max_out": 2},
+    {"b": 2, "detach_scale": True, "normalize_weight": True},
+]
+
+
+def variants(*shapes: Case) -> list[Case]:
+    return [shape.with_options(**options) for shape in shapes for options in VARIANTS]
+
+
+def operator_arguments(case: Case, dtype: torch.dtype = torch.float64) -> tuple[Any, ...]:
+    tensors = case.inputs(dtype)
+    o = case.options
+
+    def pair(name: str, default: int) -> list[int]:
+        value = o.get(name, default)
+        return [value, value] if isinstance(value, int) else list(value)
+
+    b = o.get("b", 2.0)
+    scalars: list[Any] = [2.0 if b == LEARNABLE else float(b)]
+    if case.is_conv:
+        scalars += [pair("stride", 1), pair("padding", 0), pair("dilation", 1), o.get("groups", 1)]
+    scalars += [o.get("max_out", 1), o.get("normalize_weight", False), o.get("detach_scale", False), True, "auto"]
+    return (tensors["x"], tensors["weight"], tensors.get("bias"), tensors.get("b"), *scalars)
+
+
+@pytest.mark.parametrize("case", variants(CONV, STRIDED, LINEAR), ids=lambda c: c.name)
+def test_opcheck(case: Case) -> None:
+    op = torch.ops.bcos.conv2d if case.is_conv else torch.ops.bcos.linear
+    torch.library.opcheck(op.default, operator_arguments(case))
+
+
+@pytest.mark.parametrize("case", variants(CONV, LINEAR), ids=lambda c: c.name)
+def test_opcheck_backward(case: Case) -> None:
+    x, weight, bias, b_tensor, *scalars = operator_arguments(case)
+    kind = "conv2d" if case.is_conv else "linear"
+    y, norm, linear, winner = getattr(torch.ops.bcos, kind)(x, weight, bias, b_tensor, *scalars)
+    kept = linear if linear.numel() else y
+    needs = [True, True, bias is not None, b_tensor is not None]
+    arguments = (
+        torch.randn_like(y).requires_grad_(),
+        x,
+        weight,
+        bias,
+        b_tensor,
+        kept.detach(),
+        norm.detach(),
+        winner,
+        needs,
+        *scalars[:-2],
+        "auto",
+    )
+    torch.library.opcheck(getattr(torch.ops.bcos, f"{kind}_backward").default, arguments)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_opcheck_memory_formats(memory_format: torch.memory_format) -> None:
+    arguments = list(operator_arguments(CONV, torch.float32))
+    arguments[0] = arguments[0].detach().to(memory_format=memory_format).requires_grad_()
+    torch.library.opcheck(torch.ops.bcos.conv2d.default, tuple(arguments))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("detach", [True, False])
+def test_opcheck_batch_norm(training: bool, detach: bool) -> None:
+    x = torch.randn(3, 4, 5, 2, dtype=torch.float64, requires_grad=True)
+    weight, bias = (torch.randn(4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    var = None if training else torch.rand(4, dtype=torch.float64)
+    op = torch.ops.bcos.batch_norm_uncentered2d
+    torch.library.opcheck(op.default, (x, var, weight, bias, 1e-5, detach, "auto"))
+    z, mean, batch_var = op(x, var, weight, bias, 1e-5, detach, "auto")
+    known = batch_var if var is None else var
+    torch.library.opcheck(
+        torch.ops.bcos.batch_norm_uncentered2d_backward.default,
+        (torch.randn_like(z), x, mean, known, weight, bias, [True] * 3, 1e-5, training, detach, "auto"),
+    )
+
+
+@pytest.mark.parametrize("case", variants(CONV, LINEAR), ids=lambda c: c.name)
+def test_compile_without_graph_breaks(case: Case) -> None:
+    names = list(case.inputs())
+    compiled = torch.compile(lambda *v: case.run(dict(zip(names, v, strict=True))), fullgraph=True, backend="aot_eager")
+    tensors, again = case.inputs(), case.inputs()
+    actual, expected = compiled(*tensors.values()), case.run(again)
+    actual.square().sum().backward()
+    expected.square().sum().backward()
+    assert_close(actual, expected, OUTPUT)
+    for name, t in tensors.items():
+        assert_close(t.grad, again[name].grad, GRADIENT, name)
+
+
+@pytest.mark.slow
+def test_compile_a_network_with_inductor() -> None:
+    """Forward and backward, training mode, dynamic batch size."""
+
+    def network() -> torch.nn.Module:
+        torch.manual_seed(0)
+        return torch.nn.Sequential(
+            bk.BcosConv2d(6, 8, 3, padding=1, max_out=2),
+            bk.BatchNormUncentered2d(8, bias=False),
+            torch.nn.ReLU(inplace=True),
+            bk.BcosConv2d(8, 5, 1),
+            torch.nn.AdaptiveAvgPool2d(1),
+            torch.nn.Flatten(),
+            bk.BcosLinear(5, 3, b=1.5),
+        )
+
+    eager, compiled = network(), network()
+    run = torch.compile(compiled, fullgraph=True, dynamic=True)
+    for n in (2, 3):
+        x = torch.rand(n, 6, 9, 9)
+        expected, actual = eager(x), run(x)
+        expected.square().sum().backward()
+        actual.square().sum().backward()
+        assert_close(actual, expected, OUTPUT)
+    for (name, p), q in zip(eager.named_parameters(), compiled.parameters(), strict=True):
+        assert_close(q.grad, p.grad, GRADIENT, name)
+    for p, q in zip(eager.buffers(), compiled.buffers(), strict=True):
+        assert_close(q.float(), p.float(), OUTPUT)
+
+
+@pytest.mark.parametrize("case", variants(CONV, LINEAR), ids=lambda c: c.name)
+def test_autocast_follows_convolution(case: Case) -> None:
+    tensors = case.inputs(torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = case.run(tensors)
+        b = case.options["b"]
+        if b == 2 and not case.options.get("normalize_weight") and not case.options.get("max_out"):
+            assert case.run(tensors, b=1).dtype == torch.bfloat16
+    assert y.dtype == torch.bfloat16
+    # as if the tensors had been cast by hand, but B, which stays in float32
+    cast = {k: t if k == "b" else t.detach().bfloat16().requires_grad_() for k, t in tensors.items()}
+    assert torch.equal(y, case.run(cast))
+    y.float().square().sum().backward()
+    for name, t in tensors.items():
+        assert t.grad is not None, name
+        assert t.grad.dtype == torch.float32
+
+
+def test_autocast_leaves_float64_alone() -> None:
+    tensors = CONV.inputs(torch.float64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert CONV.run(tensors).dtype == torch.float64
+
+
+def saved_bytes(case: Case, tensors: dict[str, Tensor]) -> dict[str, int]:
+    """Bytes that forward keeps for backward, by what they are; storages that the caller holds anyway are named so."""
+    seen: dict[int, Tensor] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        if t.numel():
+            seen[t.untyped_storage().data_ptr()] = t
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = case.run(tensors)
+    names = {t.untyped_storage().data_ptr(): k for k, t in (*tensors.items(), ("y", y))}
+    kept: dict[str, int] = {}
+    for pointer, t in seen.items():
+        name = names.get(pointer, "norm" if t.dtype in (torch.float32, torch.float64) and t is not y else "other")
+        if name == "norm" and t.shape == y.shape and t.dtype == y.dtype and t.dim() > 2 and t.shape[1] != 1:
+            name = "linear"
+        if t.dtype == torch.uint8:
+            name = "winner"
+        kept[name] = kept.get(name, 0) + t.numel() * t.element_size()
+    return kept
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_forward_keeps_what_the_specification_names(dtype: torch.dtype) -> None:
+    """x, w, one float32 norm an output pixel and group, and y, which the next layer keeps anyway: nothing else."""
+    case = Case("memory", (2, 8, 10, 10), (16, 8, 3, 3), {"padding": 1, "b": 2})
+    size = torch.empty(0, dtype=dtype).element_size()
+    kept = saved_bytes(case, case.inputs(dtype))
+    pixels = 2 * 10 * 10
+    assert kept == {"x": 8 * pixels * size, "weight": 16 * 8 * 9 * size, "norm": pixels * 4, "y": 16 * pixels * size}
+
+
+def test_forward_keeps_nothing_but_input_and_weight_where_there_is_no_scale() -> None:
+    case = Case("memory", (2, 8, 10, 10), (16, 8, 3, 3), {"padding": 1, "b": 1})
+    assert set(saved_bytes(case, case.inputs(torch.float32))) == {"x", "weight"}
+
+
+def test_forward_keeps_the_linear_output_instead_of_y_where_it_must() -> None:
+    pixels = 2 * 10 * 10
+    for options, dtype in (({"b": 1.5}, torch.float32), ({"b": 2}, torch.float16)):
+        case = Case("memory", (2, 8, 10, 10), (16, 8, 3, 3), {"padding": 1, **options})
+        kept = saved_bytes(case, case.inputs(dtype))
+        linear = kept.pop("linear" if dtype == torch.float32 else "other")
+        assert linear == 16 * pixels * torch.empty(0, dtype=dtype).element_size()
+        assert set(kept) == {"x", "weight", "norm"}
+
+
+def test_max_out_keeps_one_byte_for_the_winner() -> None:
+    case = Case("memory", (2, 8, 10, 10), (32, 8, 3, 3), {"padding": 1, "b": 2, "max_out": 2})
+    kept = saved_bytes(case, case.inputs(torch.float32))
+    assert kept["winner"] == 2 * 16 * 10 * 10
+    assert set(kept) == {"x", "weight", "norm", "y", "winner"}
+
+
+def test_normalized_weight_is_not_kept_twice() -> None:
+    case = Case("memory", (2, 8, 10, 10), (16, 8, 3, 3), {"padding": 1, "normalize_weight": True})
+    assert set(saved_bytes(case, case.inputs(torch.float32))) == {"x", "weight", "norm", "y"}
+
+
+def test_no_grad_computes_nothing_for_backward() -> None:
+    arguments = list(operator_arguments(CONV.with_options(b=1.5, max_out=2)))
+    arguments[-2] = False
+    with torch.no_grad():
+        _, _, linear, winner = torch.ops.bcos.conv2d(*arguments)
+    assert linear.numel() == winner.numel() == 0
+
+
+def test_operator_called_without_keeping_says_so_in_backward() -> None:
+    arguments = list(operator_arguments(CONV))
+    arguments[-2] = False
+    y = torch.ops.bcos.conv2d(*arguments)[0]
+    with pytest.raises(RuntimeError, match="for_backward=False"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing(reentrant: bool) -> None:
+    tensors, again = CONV.inputs(), CONV.inputs()
+    names = list(tensors)
+    y = torch.utils.checkpoint.checkpoint(
+        lambda *v: CONV.run(dict(zip(names, v, strict=True))), *tensors.values(), use_reentrant=reentrant
+    )
+    y.square().sum().backward()
+    CONV.run(again).square().sum().backward()
+    for name in names:
+        assert_close(tensors[name].grad, again[name].grad, GRADIENT, name)
+
+
+def test_third_derivative_exists() -> None:
+    tensors = LINEAR.inputs()
+    x = tensors["x"]
+    value = LINEAR.run(tensors).pow(2).sum()
+    for _ in range(3):
+        (grad,) = torch.autograd.grad(value, x, create_graph=True)
+        value = (grad / 50).sin().sum()
+    expected = LINEAR.run(tensors, backend="reference").pow(2).sum()
+    for _ in range(3):
+        (grad,) = torch.autograd.grad(expected, x, create_graph=True)
+        expected = (grad / 50).sin().sum()
+    assert_close(value, expected, GRADIENT)
