@@ -100,12 +100,16 @@ class Gradients(NamedTuple):
 
 @dataclass(frozen=True)
 class Call:
-    """One call of one operation, as the choice of a backend sees it."""
+    """One call of one operation, as the choice of a backend sees it.
+
+    ``explicit``: the caller named this backend. Some run where the automatic choice never takes them (an interpreter).
+    """
 
     op: str
     x: Tensor
     weight: Tensor | None = None
     options: Options = field(default_factory=Options)
+    explicit: bool = False
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

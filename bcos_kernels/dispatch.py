@@ -6,6 +6,7 @@ import importlib
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import ModuleType
 
 from bcos_kernels.contract import Call
@@ -13,7 +14,7 @@ from bcos_kernels.contract import Call
 log = logging.getLogger("bcos_kernels")
 
 #: Modules by backend name, in the order in which the automatic choice tries them.
-BACKENDS: dict[str, str] = {"portable": "bcos_kernels.portable"}
+BACKENDS: dict[str, str] = {"triton": "bcos_kernels.triton.backend", "portable": "bcos_kernels.portable"}
 
 #: Not a backend that runs operations: the definition itself, differentiated by autograd.
 REFERENCE = "reference"
@@ -103,7 +104,7 @@ def choose(backend: str, call: Call, *, strict: bool = True) -> ModuleType:
         RuntimeError: the named backend cannot run the call; the message is the sentence that says why.
     """
     if backend != AUTO:
-        sentence = why_not(backend, call)
+        sentence = why_not(backend, replace(call, explicit=True))
         if sentence is None:
             return load(backend)
         if strict:

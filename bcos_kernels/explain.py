@@ -120,9 +120,8 @@ def explain(model: nn.Module, images: Tensor, targets: Tensor | Sequence[int] | 
         raise TypeError(f"images must be a tensor of a floating dtype with values in [0, 1]; got {got}")
     if images.dim() != 4 or images.shape[1] not in (3, 6):
         raise ValueError(f"images must be [N, 6, H, W] or [N, 3, H, W]; got {list(images.shape)}")
-    images = images.detach()
-    x = (AddInverse()(images) if images.shape[1] == 3 else images.clone()).requires_grad_()
-    with torch.enable_grad(), torch.inference_mode(False), explanation_mode(model), _frozen(model):
+    with torch.inference_mode(False), torch.enable_grad(), explanation_mode(model), _frozen(model):
+        x = (AddInverse()(images.detach()) if images.shape[1] == 3 else images.detach().clone()).requires_grad_()
         logits = model(x)
         if not isinstance(logits, Tensor) or logits.dim() != 2:
             shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__

@@ -11,6 +11,7 @@ Sources: B-cos Networks (arXiv 2205.10268), B-cos v2 (arXiv 2306.10898), B-cosif
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -51,6 +52,20 @@ def scaled(value: Tensor, factor: Tensor, *, detach: bool) -> Tensor:
     ``factor`` must broadcast to the shape of ``value``.
     """
     return _Freeze.apply(value, factor.expand_as(value)) if detach else value * factor
+
+
+class _FreezeWeights(torch.autograd.Function):
+    """``weights @ value`` whose first derivative does not look into ``weights``; see :class:`_Freeze`."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, weights: Tensor) -> Tensor:
+        ctx.save_for_backward(weights)
+        return weights @ value
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (weights,) = ctx.saved_tensors
+        return weights.mT @ grads[0], None
 
 
 def window_sum(
@@ -227,6 +242,43 @@ def group_norm(
     return z if bias is None else z + bias[:, None, None]
 
 
-def gelu(x: Tensor, *, detach_gate: bool = False) -> Tensor:
-    """``x * gate`` with ``gate = 0.5 (1 + erf(x / sqrt 2))``; ``detach_gate`` makes the gate a constant."""
-    return scaled(x, 0.5 * (1 + torch.erf(x * 0.5**0.5)), detach=detach_gate)
+def gelu(x: Tensor, *, approximate: str = "none", detach_gate: bool = False) -> Tensor:
+    """``x * gate`` with ``gate = 0.5 (1 + erf(x / sqrt 2))``; ``detach_gate`` makes the gate a constant.
+
+    ``approximate="tanh"``: torch's other GELU, ``gate = 0.5 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))``.
+    """
+    if approximate == "tanh":
+        gate = 0.5 * (1 + torch.tanh((2 / math.pi) ** 0.5 * (x + 0.044715 * x**3)))
+    else:
+        gate = 0.5 * (1 + torch.erf(x * 0.5**0.5))
+    return scaled(x, gate, detach=detach_gate)
+
+
+def silu(x: Tensor, *, detach_gate: bool = False) -> Tensor:
+    """``x * sigmoid(x)``; ``detach_gate`` makes the sigmoid a constant."""
+    return scaled(x, x.sigmoid(), detach=detach_gate)
+
+
+def hardswish(x: Tensor, *, detach_gate: bool = False) -> Tensor:
+    """``x * gate`` with ``gate = clamp(x + 3, 0, 6) / 6``; ``detach_gate`` makes the gate a constant."""
+    return scaled(x, (x + 3).clamp(0, 6) / 6, detach=detach_gate)
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    detach_weights: bool = False,
+) -> Tensor:
+    """``softmax(query key^T * scale) value``; ``detach_weights`` makes the softmax, and so query and key, constants.
+
+    ``query [..., T, D]``, ``key [..., S, D]``, ``value [..., S, V]``, result ``[..., T, V]``. ``scale`` is ``D**-0.5`` where
+    it is None; ``dropout`` is the share of the softmax's entries that are dropped.
+    """
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    weights = (query @ key.mT * scale).softmax(-1)
+    weights = F.dropout(weights, dropout) if dropout else weights
+    return _FreezeWeights.apply(value, weights) if detach_weights else weights @ value

@@ -1,0 +1,111 @@
+"""Attention whose explanation mode takes the attention weights, and with them queries and keys, as constants.
+
+What is left then is linear: every output token is a fixed mixture of the values (B-cos v2, arXiv 2306.10898, section 4.4).
+Training and inference use PyTorch's scaled dot product attention.
+
+Each class takes over the layers of an attention module of a known structure under their own names, so that its state dict
+stays what it was. Which layers become B-cos layers is the conversion's business: it leaves alone those in ``plain``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bcos_kernels import reference
+from bcos_kernels.modules.detachable import DetachableModule
+
+
+class DetachableAttention(DetachableModule):
+    """The layers of ``source``, and :meth:`attend`."""
+
+    if TYPE_CHECKING:  # nn.Module says `Tensor | Module`; the children are modules
+
+        def __getattr__(self, name: str) -> Any: ...
+
+    #: children by which the structure is recognised
+    structure: ClassVar[tuple[str, ...]]
+    #: children that stay as they are in a conversion: they make queries and keys, or all of query, key and value
+    plain: ClassVar[tuple[str, ...]]
+
+    def __init__(self, source: nn.Module) -> None:
+        super().__init__()
+        for name, child in source.named_children():
+            self.add_module(name, child)
+        self.detach = bool(getattr(source, "detach", False))
+        self.train(source.training)
+
+    @classmethod
+    def fits(cls, module: nn.Module) -> bool:
+        children = dict(module.named_children())
+        return all(name in children for name in cls.structure)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, dropout: float = 0.0, scale: float | None = None) -> Tensor:
+        """``[N, heads, T, d]``, ``[N, heads, S, d]`` twice, to ``[N, T, heads * d]``."""
+        dropout = dropout if self.training else 0.0
+        if self.detach:
+            out = reference.attention(q, k, v, scale=scale, dropout=dropout, detach_weights=True)
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale)
+        return out.transpose(1, 2).flatten(2)
+
+
+class SimpleViTAttention(DetachableAttention):
+    """Attention of the simple ViTs, which normalises its own input: ``norm``, ``to_qkv``, ``to_out``.
+
+    Shapes: ``[N, T, D]`` to the same. ``source`` also has ``heads``.
+    """
+
+    structure = ("norm", "to_qkv", "to_out")
+    plain = ("to_qkv",)
+
+    def __init__(self, source: nn.Module) -> None:
+        super().__init__(source)
+        self.heads: int = source.heads  # type: ignore[assignment]
+
+    @classmethod
+    def fits(cls, module: nn.Module) -> bool:
+        return super().fits(module) and hasattr(module, "heads")
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = _split_heads(self.to_qkv(self.norm(x)), 3, self.heads)
+        return self.to_out(self.attend(q, k, v))
+
+
+class AttentionPool2d(DetachableAttention):
+    """CLIP's attention pool: the mean of all locations asks, all locations and the mean answer.
+
+    Shapes: ``[N, C, H, W]`` to ``[N, E]``. Children: ``q_proj``, ``k_proj``, ``v_proj``, ``c_proj``; ``source`` also has
+    ``num_heads``. The positional embedding is kept only where asked for: B-cosification has none (arXiv 2411.00715,
+    section 5). ``c_proj`` may be a B-cos layer in name, as in the public checkpoints: its plain weight is what is applied.
+    """
+
+    structure = ("q_proj", "k_proj", "v_proj", "c_proj")
+    plain = ("q_proj", "k_proj", "v_proj")
+
+    def __init__(self, source: nn.Module, *, keep_positions: bool = False) -> None:
+        super().__init__(source)
+        self.num_heads: int = source.num_heads  # type: ignore[assignment]
+        positions = source._parameters.get("positional_embedding")
+        self.register_parameter("positional_embedding", positions if keep_positions else None)
+
+    @classmethod
+    def fits(cls, module: nn.Module) -> bool:
+        return super().fits(module) and hasattr(module, "num_heads")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(2).mT
+        x = torch.cat([x.mean(1, keepdim=True), x], dim=1)
+        if self.positional_embedding is not None:
+            x = x + self.positional_embedding
+        q, k, v = self.q_proj(x[:, :1]), self.k_proj(x), self.v_proj(x)
+        pooled = self.attend(*(_split_heads(t, 1, self.num_heads)[0] for t in (q, k, v))).squeeze(1)
+        return F.linear(pooled, self.c_proj.weight, self.c_proj.bias)
+
+
+def _split_heads(x: Tensor, parts: int, heads: int) -> Tensor:
+    """``[N, T, parts * heads * d]`` to ``[parts, N, heads, T, d]``."""
+    return x.unflatten(-1, (parts, heads, -1)).permute(2, 0, 3, 1, 4)

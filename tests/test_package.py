@@ -1,0 +1,50 @@
+"""The library alone: what it needs, what it imports, what it reports."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib import metadata
+
+import bcos_kernels as bk
+
+OPTIONAL = ("torchvision", "lightning", "matplotlib", "sklearn", "bcos", "timm", "triton.language")
+
+
+def test_hard_dependencies_are_torch_and_numpy() -> None:
+    required = [r for r in metadata.requires("bcos_kernels") or [] if "extra ==" not in r]
+    assert sorted(r.split(">")[0].strip() for r in required) == ["numpy", "torch"]
+
+
+def test_works_without_anything_else() -> None:
+    """A network of our layers, forward, backward and explained, with every optional package hidden."""
+    code = f"""
+import sys
+for name in {OPTIONAL!r}:
+    sys.modules[name] = None
+import torch, bcos_kernels as bk
+model = torch.nn.Sequential(bk.BcosConv2d(6, 4, 3), bk.BatchNormUncentered2d(4), torch.nn.ReLU(),
+                            torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), bk.BcosLinear(4, 3))
+model(torch.rand(2, 6, 8, 8)).sum().backward()
+print(bk.explain(model, torch.rand(2, 3, 8, 8)).contributions.shape)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "torch.Size([2, 8, 8])"
+
+
+def test_import_is_light() -> None:
+    code = f"import sys, bcos_kernels; print([m for m in {OPTIONAL!r} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_environment_report() -> None:
+    done = subprocess.run([sys.executable, "-m", "bcos_kernels.env_report"], capture_output=True, text=True, check=True)
+    for part in (f"bcos_kernels  {bk.__version__}", "torch", "backends", "portable    ready", "reference   ready"):
+        assert part in done.stdout, part
+
+
+def test_every_public_name_is_documented() -> None:
+    for name in bk.__all__:
+        assert name == "__version__" or getattr(bk, name).__doc__, name
