@@ -60,7 +60,11 @@ class Explanation:
 
     @property
     def contributions(self) -> Tensor:
-        """Contribution of every location to the explained logit (before the logit bias), ``[N, H, W]``."""
+        """Contribution of every location to the explained logit, ``[N, H, W]``.
+
+        They sum to the logit less its bias. Where the network normalises its input (as ``bcosify`` networks do), what the
+        subtracted mean contributes is missing from the sum: the map is linear in the normalised image.
+        """
         return (self.images * self.weights).sum(1)
 
     def rgba(self, *, smooth: int = 15, percentile: float = 99.5) -> Tensor:

@@ -1,0 +1,1 @@
+"""Attribution methods, the localisation score and the figures that show them."""

@@ -1,0 +1,153 @@
+"""From an experiment to a network: create, start training from, load."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from torch import nn
+
+import bcos_kernels as bk
+from models import experiments
+from models.checkpoints import CONFIG, checkpoint_path, load_weights, read_state_dict
+from models.errors import CheckpointError, UserError
+from models.experiments import CONVENTIONAL, CONVERTED, Experiment, ModelRecipe
+from models.standard import build, classifier_name, load_pretrained, resize_classifier
+
+
+def create_model(
+    name: str,
+    base_network: str = CONVERTED,
+    weights: str | Path | None = None,
+    num_classes: int | None = None,
+    *,
+    dataset: str | None = None,
+) -> nn.Module:
+    """A network of the registry, on the CPU, in training mode.
+
+    Args:
+        name: an experiment name, such as "resnet_50".
+        base_network: "bcosification" gives a network that expects `[N, 6, H, W]` in [0, 1] (see
+            `bcos_kernels.AddInverse`); "standard" gives one that expects `[N, 3, H, W]` normalised with ImageNet's
+            mean and std.
+        weights: None: random ones. "pretrained": torchvision's weights of the recipe, B-cosified where the network is.
+            Otherwise the path of a checkpoint of this very network.
+        num_classes: default: those of the dataset.
+        dataset: default: the first one that has the name, ImageNet before all others.
+
+    Raises:
+        models.errors.UnknownNameError: unknown name, base network or dataset.
+        models.errors.CheckpointError: the weights cannot be found, read or fitted.
+        ValueError: `num_classes` is missing or not positive.
+    """
+    if dataset is None:
+        experiment = experiments.find_by_name(base_network, name)
+    else:
+        experiment = experiments.find(dataset, base_network, name)
+    classes = experiment.model.num_classes if num_classes is None else num_classes
+    if classes is None:
+        raise ValueError(f"num_classes: dataset '{experiment.dataset}' has no fixed number of classes; say how many.")
+    if classes < 1:
+        raise ValueError(f"num_classes must be at least 1, got {classes}.")
+    if weights == "pretrained":
+        return finish(load_pretrained(experiment.model, classes), experiment.model)
+    model = finish(build(experiment.model.architecture, classes), experiment.model)
+    if weights is not None:
+        load_weights(model, Path(weights))
+    return model
+
+
+def load_checkpoint(
+    dataset: str,
+    base_network: str,
+    experiment_name: str,
+    *,
+    reload: str = "last",
+    weights: str | Path | None = None,
+    base_directory: str | Path = "./experiments",
+    num_classes: int | None = None,
+    ema: bool = False,
+) -> nn.Module:
+    """A trained network of the registry, on the CPU, in evaluation mode. The first three arguments are train.py's.
+
+    Args:
+        reload: "last", "best" or "epoch_N" of the experiment's own checkpoints.
+        weights: a file to read instead.
+        num_classes: default: the dataset's, or those that the experiment was trained with.
+
+    Raises:
+        models.errors.UnknownNameError: unknown dataset, base network or name.
+        models.errors.CheckpointError: the checkpoint cannot be found, read or fitted.
+        models.errors.UserError: the number of classes is not known.
+    """
+    experiment = experiments.find(dataset, base_network, experiment_name)
+    directory = experiment.directory(base_directory)
+    classes = num_classes or experiment.model.num_classes or _trained_classes(directory)
+    if classes is None:
+        raise UserError(
+            f"num_classes: neither dataset '{dataset}' nor {directory / CONFIG} says how many classes there are."
+        )
+    path = checkpoint_path(directory, reload) if weights is None else Path(weights)
+    model = finish(build(experiment.model.architecture, classes), experiment.model)
+    load_weights(model, path, ema=ema)
+    return model.eval()
+
+
+def starting_network(
+    experiment: Experiment, num_classes: int, base_directory: str | Path, init_weights: Path | None = None
+) -> nn.Module:
+    """The network as training begins with it: conventional weights where the recipe has some, then conversion.
+
+    Args:
+        init_weights: a checkpoint of the *conventional* network, instead of the recipe's. Where it was trained with
+            another number of classes, the classifier starts at random.
+
+    Raises:
+        models.errors.CheckpointError: the weights cannot be found, read or fitted.
+        models.errors.UserError: the conventional experiment that this one starts from has not been trained.
+    """
+    recipe = experiment.model
+    if init_weights is None and recipe.start == "pretrained":
+        return finish(load_pretrained(recipe, num_classes), recipe)
+    if init_weights is not None:
+        return finish(_conventional_from_file(recipe, num_classes, init_weights), recipe)
+    model = build(recipe.architecture, num_classes)
+    if recipe.start == "standard":
+        load_weights(model, _standard_checkpoint(experiment, Path(base_directory)))
+    return finish(model, recipe)
+
+
+def _conventional_from_file(recipe: ModelRecipe, num_classes: int, path: Path) -> nn.Module:
+    model = build(recipe.architecture, num_classes)
+    rows = read_state_dict(path).get(f"{classifier_name(model)}.weight")
+    if rows is not None and rows.ndim == 2:
+        resize_classifier(model, rows.shape[0])
+    load_weights(model, path)
+    resize_classifier(model, num_classes)
+    return model
+
+
+def finish(model: nn.Module, recipe: ModelRecipe) -> nn.Module:
+    """The network as the recipe wants it: B-cosified, or left alone."""
+    return bk.bcosify(model) if recipe.converted else model
+
+
+def _standard_checkpoint(experiment: Experiment, base_directory: Path) -> Path:
+    source = experiments.find(experiment.dataset, CONVENTIONAL, experiment.name)
+    directory = source.directory(base_directory)
+    try:
+        return checkpoint_path(directory, "best")
+    except CheckpointError as error:
+        raise UserError(
+            f"'{experiment.name}' is converted from the conventional network of the same name, which has no "
+            f"checkpoint in {directory}. Train that first: python train.py --dataset {experiment.dataset} "
+            f"--base_network {CONVENTIONAL} --experiment_name {experiment.name} --base_directory {base_directory}"
+        ) from error
+
+
+def _trained_classes(directory: Path) -> int | None:
+    try:
+        recorded = json.loads((directory / CONFIG).read_text())["model"]["num_classes"]
+    except (OSError, ValueError, KeyError):
+        return None
+    return recorded if isinstance(recorded, int) else None

@@ -1,0 +1,1 @@
+"""Data, losses, optimisers and the training loop."""

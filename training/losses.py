@@ -1,0 +1,65 @@
+"""The losses of the recipes, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.experiments import LossName
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def bce(logits: Tensor, targets: Tensor) -> Tensor:
+    """Binary cross-entropy of every class against the one-hot target, the mean over all entries.
+
+    Args:
+        logits: `[N, K]`, floating.
+        targets: `[N]`, class indices, int64.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        ValueError: shapes or dtype other than these.
+    """
+    return F.binary_cross_entropy_with_logits(logits, _one_hot(logits, targets))
+
+
+def bce_uniform_off_labels(logits: Tensor, targets: Tensor) -> Tensor:
+    """As `bce`, but the target of every wrong class is `1 / K` instead of 0; that of the right one stays 1."""
+    labels = _one_hot(logits, targets).clamp(min=1.0 / logits.shape[1])
+    return F.binary_cross_entropy_with_logits(logits, labels)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Softmax cross-entropy, the mean over the batch. Arguments as for `bce`."""
+    _check(logits, targets)
+    return F.cross_entropy(logits, targets)
+
+
+def get_loss(name: LossName) -> Loss:
+    """The loss of this name in a recipe."""
+    losses: dict[LossName, Loss] = {
+        "bce": bce,
+        "bce_uniform_off_labels": bce_uniform_off_labels,
+        "cross_entropy": cross_entropy,
+    }
+    return losses[name]
+
+
+def _one_hot(logits: Tensor, targets: Tensor) -> Tensor:
+    _check(logits, targets)
+    return F.one_hot(targets, logits.shape[1]).to(logits.dtype)
+
+
+def _check(logits: Tensor, targets: Tensor) -> None:
+    if logits.ndim != 2:
+        raise ValueError(f"logits must be [N, K], got shape {tuple(logits.shape)}.")
+    if targets.shape != logits.shape[:1] or targets.is_floating_point():
+        raise ValueError(
+            f"targets must be [{logits.shape[0]}] class indices for logits {tuple(logits.shape)}, "
+            f"got shape {tuple(targets.shape)}, dtype {targets.dtype}."
+        )
