@@ -47,7 +47,7 @@ class DataError(UserError, RuntimeError):
 
 
 class Digits(Dataset[Sample]):
-    """scikit-learn's handwritten digits: 1,797 real 8x8 images in 10 classes, as 32x32 RGB in [0, 1].
+    """scikit-learn's handwritten digits: 1,797 real 8x8 images in 10 classes, as 32x32 RGB in [0, 1], dark ink on white.
 
     The split is stratified and always the same: 1,437 images to train and 360 to test.
 
@@ -69,8 +69,8 @@ class Digits(Dataset[Sample]):
         digits = load_digits()
         parts = train_test_split(np.arange(len(digits.target)), test_size=360, stratify=digits.target, random_state=0)
         indices = parts[0] if train else parts[1]
-        small = torch.from_numpy(digits.images[indices]).to(torch.float32)[:, None] / 16.0
-        large = F.interpolate(small, size=(32, 32), mode="bilinear", align_corners=False)
+        paper = 1 - torch.from_numpy(digits.images[indices]).to(torch.float32)[:, None] / 16.0  # they count ink
+        large = F.interpolate(paper, size=(32, 32), mode="bilinear", align_corners=False)
         self.images = large.expand(-1, 3, -1, -1).contiguous()
         self.targets = torch.from_numpy(digits.target[indices]).to(torch.int64)
         self.transform = transform
@@ -88,7 +88,8 @@ def train_transform(recipe: DataRecipe) -> Transform:
     size = recipe.image_size
     steps: list[nn.Module]
     if recipe.dataset == "Digits":
-        steps = [v2.RandomAffine(degrees=10, translate=(0.06, 0.06), interpolation=v2.InterpolationMode.BILINEAR)]
+        moved = {"degrees": 10, "translate": (0.06, 0.06), "fill": 1.0}
+        steps = [v2.RandomAffine(**moved, interpolation=v2.InterpolationMode.BILINEAR)]
     elif recipe.dataset == "CIFAR10":
         steps = [v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip(), _resize(size), *_to_tensor()]
     else:
