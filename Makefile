@@ -7,7 +7,7 @@ THREADS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 
 export OMP_NUM_THREADS ?= $(THREADS)
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test lint format bench sanitize clean
 
 demo: $(STAMP)
 	$(BIN)/python demo.py --output demo
@@ -27,11 +27,24 @@ format: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.bench_layers
 
-clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+# The property test on a sanitized build of the extension; the ordinary one is put back afterwards.
+SANITIZERS = $(shell $(CXX) -print-file-name=libasan.so):$(shell $(CXX) -print-file-name=libubsan.so):$(shell $(CXX) -print-file-name=libstdc++.so.6)
 
-$(STAMP): pyproject.toml setup.py
+sanitize: $(STAMP)
+	BCOS_SANITIZE=1 BCOS_REQUIRE_EXTENSION=1 $(BIN)/python setup.py -q build_ext --inplace
+	LD_PRELOAD=$(SANITIZERS) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 BCOS_EXAMPLES=200 \
+		$(BIN)/python -m pytest -q -p no:cacheprovider tests/test_native.py -k "property or contract or shared or batch_norm"; \
+		status=$$?; $(BIN)/python setup.py -q build_ext --inplace; exit $$status
+
+clean:
+	rm -rf $(VENV) build dist bcos_kernels/*.so *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# torch first: the extension is built against it. Where there is a compiler it has to build, without a warning.
+export BCOS_WERROR ?= 1
+export BCOS_REQUIRE_EXTENSION ?= $(if $(shell command -v g++ || command -v clang++ || command -v c++),1,0)
+
+$(STAMP): pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip setuptools
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --upgrade pip setuptools ninja 'torch>=2.11'
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[dev]'
 	touch $@

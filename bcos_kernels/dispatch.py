@@ -14,7 +14,11 @@ from bcos_kernels.contract import Call
 log = logging.getLogger("bcos_kernels")
 
 #: Modules by backend name, in the order in which the automatic choice tries them.
-BACKENDS: dict[str, str] = {"triton": "bcos_kernels.triton.backend", "portable": "bcos_kernels.portable"}
+BACKENDS: dict[str, str] = {
+    "triton": "bcos_kernels.triton.backend",
+    "native": "bcos_kernels.native",
+    "portable": "bcos_kernels.portable",
+}
 
 #: Not a backend that runs operations: the definition itself, differentiated by autograd.
 REFERENCE = "reference"
