@@ -1,6 +1,7 @@
 """B-cos networks at the speed of ordinary networks: fused layers, conversion, exact explanations."""
 
 from bcos_kernels._version import __version__
+from bcos_kernels.accelerate import Acceleration, accelerate, deaccelerate
 from bcos_kernels.convert import BcosNetwork, bcosify
 from bcos_kernels.dispatch import available_backends, use_backend
 from bcos_kernels.explain import Explanation, explain, explanation_mode
@@ -17,6 +18,7 @@ from bcos_kernels.modules import (
 )
 
 __all__ = [
+    "Acceleration",
     "AddInverse",
     "BatchNormUncentered2d",
     "BcosConv2d",
@@ -28,11 +30,13 @@ __all__ = [
     "Explanation",
     "LogitLayer",
     "__version__",
+    "accelerate",
     "available_backends",
     "batch_norm_uncentered2d",
     "bcos_conv2d",
     "bcos_linear",
     "bcosify",
+    "deaccelerate",
     "explain",
     "explanation_mode",
     "use_backend",

@@ -8,29 +8,29 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from bcos_kernels.backbones import BACKBONES, Backbone
+from bcos_kernels.conversions import Recipe, convert, not_in_place, remove_biases, renumber, unknown_layers
 from bcos_kernels.functional import check_exponent
-from bcos_kernels.modules import (
-    BatchNormUncentered2d,
-    BcosConv2d,
-    BcosLinear,
-    DetachableGELU,
-    DetachableGroupNorm2d,
-    DetachableLayerNorm,
-    LogitLayer,
-    Normalize,
-)
+from bcos_kernels.modules import BcosConv2d, BcosLinear, BcosMapClassifier, LogitLayer, Normalize
+from bcos_kernels.structure import analyse
 
 _RGB_STATISTICS = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
 }
+
+#: The steps of the conversion that change the function even at B = 1, and that ``keep`` switches off.
+Lossy = Literal["biases", "max_pooling", "head_order"]
+
+#: As many things as an error names, of those that cannot be converted.
+_NAMED = 20
 
 
 class BcosNetwork(nn.Module):
@@ -57,28 +57,35 @@ def bcosify(
     b: float | Tensor = 2.0,
     normalize: Literal["imagenet", "clip"] | None = "imagenet",
     logit_bias: float | Literal["auto"] | None = "auto",
+    keep: Collection[Lossy] = (),
 ) -> BcosNetwork:
     """A B-cos network made of a standard one, weights and all. ``model`` itself is not touched.
 
     Convolutions and linear layers become B-cos layers with the same weights, the first one on six channels; batch norms lose
-    their mean; max pooling becomes average pooling; the classifier moves before the global pooling; every bias is removed.
+    their mean; max pooling becomes average pooling; the classifier moves before the global average pooling, where there is
+    one; every bias is removed. What makes queries, keys and gates stays as it is: explanations take those as constants.
     The result is meant to be fine-tuned: with B = 2 it is another function than ``model``.
 
     Args:
-        model: a torchvision ResNet (18 to 152, ResNeXt, Wide) or DenseNet, or a network with the same structure; any number
-            of classes and any input size.
+        model: one of these, with any number of classes; or one made of the same layers:
+            torchvision's ResNet, DenseNet, VGG, ConvNeXt, EfficientNet, RegNet, ViT; timm's ResNet, DenseNet, ConvNeXt,
+            EfficientNet, ViT, DeiT; the simple ViTs of B-cos v2; OpenAI's CLIP ResNet (``normalize="clip"``).
         num_classes: None keeps the classifier. Another number than the classifier has replaces it by a new, random one.
         b: exponent of every layer, a number >= 1. A tensor gives every layer a learnable exponent that starts there.
         normalize: with whose mean and standard deviation the network normalises its own input; None: not at all.
-        logit_bias: added to the logits; "auto" is -log(classes - 1), None nothing.
+        logit_bias: added to the logits; "auto" is -log(classes - 1), and nothing for a network without classifier; None
+            nothing.
+        keep: steps to leave out. "biases": they stay, and the batch norms' take over what their means were for (exact in
+            evaluation mode); so do CLIP's positions. "max_pooling" stays. "head_order": the classifier stays behind the
+            pooling. Without all three steps, the network at B = 1 is the same function as ``model``.
 
     Returns:
         The converted network, in the mode, dtype and device of ``model``.
 
     Raises:
         TypeError: ``model`` is no module.
-        ValueError: ``model`` has no structure that can be converted; it is already a B-cos network; other values that do not
-            fit.
+        ValueError: ``model`` has layers or a forward pass that cannot be converted exactly: all of them are named; it is
+            already a B-cos network; other values that do not fit.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
@@ -89,31 +96,88 @@ def bcosify(
         raise ValueError(f'normalize must be "imagenet", "clip" or None; got {normalize!r}')
     if isinstance(logit_bias, str) and logit_bias != "auto":
         raise ValueError(f'logit_bias must be a number, "auto" or None; got {logit_bias!r}')
-    exponent = check_exponent(b)
-    kind = _backbone_for(model)
-    _check_first_layer(model)
+    strange = [step for step in keep if step not in get_args(Lossy)]
+    if isinstance(keep, str) or strange:
+        raise ValueError(f"keep must be a collection of names out of {', '.join(get_args(Lossy))}; got {keep!r}")
+    recipe = Recipe(check_exponent(b), biases="biases" in keep, max_pooling="max_pooling" in keep)
+    plan = _plan(model, recipe, reorder="head_order" not in keep)
+    first = _first_layer(model)
+    if num_classes is not None and plan.head is None:
+        raise ValueError(
+            f"num_classes={num_classes}: a {type(model).__name__} has no classifier that could be replaced"
+        )
+    if num_classes is not None and num_classes < 2:
+        raise ValueError(f"num_classes must be at least 2; got {num_classes}")
 
-    network = kind(copy.deepcopy(model))
-    network.train(model.training)
-    head = getattr(network, kind.head)
-    if num_classes is not None and num_classes != head.out_features:
-        if num_classes < 2:
-            raise ValueError(f"num_classes must be at least 2; got {num_classes}")
-        head = nn.Linear(head.in_features, num_classes, device=head.weight.device, dtype=head.weight.dtype)
-    classes = head.out_features
-    setattr(network, kind.head, _pointwise_convolution(head))
-    _double_first_layer(network)
-    _convert_children(network, exponent)
-    _remove_biases(network)
+    like = next(model.parameters())
+    network = copy.deepcopy(model)
+    classes = None if plan.head is None else _resize(network, plan.head, num_classes)
+    _double_channels(network.get_submodule(first))
+    network = plan.rebuild(network, recipe)
+    if not recipe.biases:
+        remove_biases(network)
 
     if logit_bias == "auto":
-        logit_bias = -math.log(classes - 1) if classes > 1 else None
-    like = head.weight
+        logit_bias = -math.log(classes - 1) if classes is not None and classes > 1 else None
     return (
         BcosNetwork(network, _normalization(normalize), LogitLayer(None, logit_bias))
         .to(device=like.device, dtype=like.dtype)
         .train(model.training)
     )
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is known about a network before anything is done to it.
+
+    ``backbone``: its structure, where that replaces the forward pass. ``head``: path of the classifier. ``pool``: path of
+    the pooling that the classifier moves before.
+    """
+
+    backbone: type[Backbone] | None
+    head: str | None
+    pool: str | None
+    renumbered: bool = False
+
+    def rebuild(self, network: nn.Module, recipe: Recipe) -> nn.Module:
+        """The network, converted; ``network`` is used up."""
+        if self.backbone is not None:
+            network = self.backbone(network)
+            if self.backbone.convolves and self.head is not None:
+                _set(network, self.head, _pointwise_convolution(network.get_submodule(self.head), recipe))
+        else:
+            not_in_place(network)
+        linear = None if self.head is None else network.get_submodule(self.head)
+        network = convert(network, recipe)
+        if linear is not None and self.head is not None and self.pool is not None:
+            _set(network, self.pool, nn.Identity())
+            _set(network, self.head, _map_classifier(linear, recipe))
+        if self.renumbered:
+            renumber(network)
+        return network
+
+
+def _plan(model: nn.Module, recipe: Recipe, reorder: bool) -> _Plan:
+    """Everything that could be wrong with the network is found here.
+
+    Raises:
+        ValueError: something of the network cannot be converted exactly.
+    """
+    _refuse(model, list(unknown_layers(model, recipe)))
+    kind = next((k for k in BACKBONES if k.fits(model)), None)
+    if kind is not None:
+        return _Plan(kind if reorder else None, kind.head, None, kind.renumbered)
+    structure = analyse(model)
+    _refuse(model, list(structure.problems))
+    return _Plan(None, structure.head, structure.pool if reorder else None)
+
+
+def _refuse(model: nn.Module, problems: list[str]) -> None:
+    if problems:
+        named = "; ".join(problems[:_NAMED]) + (f"; and {more} more" if (more := len(problems) - _NAMED) > 0 else "")
+        raise ValueError(
+            f"model: cannot convert a {type(model).__name__} exactly; no B-cos counterpart is known for {named}"
+        )
 
 
 def _normalization(name: str | None) -> nn.Module:
@@ -123,128 +187,61 @@ def _normalization(name: str | None) -> nn.Module:
     return Normalize((*mean, *(1 - m for m in mean)), std * 2)
 
 
-def _backbone_for(model: nn.Module) -> type[Backbone]:
-    for kind in BACKBONES:
-        if kind.fits(model):
-            return kind
-    raise ValueError(
-        f"model: cannot convert a {type(model).__name__}: its structure is none of "
-        f"{', '.join(k.__name__ for k in BACKBONES)} (children {[n for n, _ in model.named_children()]})"
-    )
-
-
-def _first_convolutions(model: nn.Module) -> list[str]:
-    return [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d) and m.in_channels == 3 and m.groups == 1]
-
-
-def _check_first_layer(model: nn.Module) -> None:
-    found = _first_convolutions(model)
+def _first_layer(model: nn.Module) -> str:
+    """Path of the layer that sees the image: the convolution of three channels, or the linear layer on patches."""
+    found = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d) and m.in_channels == 3 and m.groups == 1]
+    if not found:
+        found = [n for n, m in model.named_modules() if n == "to_patch_embedding.linear" and isinstance(m, nn.Linear)]
     if len(found) != 1:
         where = f"at {', '.join(found)}" if found else "nowhere"
         raise ValueError(f"model must have one convolution with three input channels, its first layer; found {where}")
+    return found[0]
 
 
-def _double_first_layer(model: nn.Module) -> None:
-    """Six channels for three: ``cat(w, -w) / 2`` gives the same function of (x, 1 - x), normalised, as ``w`` of x."""
-    conv = model.get_submodule(_first_convolutions(model)[0])
-    assert isinstance(conv, nn.Conv2d)
-    conv.in_channels = 6
+def _double_channels(layer: nn.Module) -> None:
+    """Six channels for three: ``(w, -w) / 2`` gives the same function of (x, 1 - x), normalised, as ``w`` of x.
+
+    In the linear layer on patches the channels of each pixel are neighbours, so each group of three is doubled.
+    """
     with torch.no_grad():
-        conv.weight = nn.Parameter(torch.cat([conv.weight, -conv.weight], dim=1) / 2, conv.weight.requires_grad)
+        if isinstance(layer, nn.Conv2d):
+            layer.in_channels = 6
+            weight = torch.cat([layer.weight, -layer.weight], dim=1) / 2
+        else:
+            assert isinstance(layer, nn.Linear)
+            layer.in_features *= 2
+            pixels = layer.weight.unflatten(1, (-1, 3))
+            weight = torch.cat([pixels, -pixels], dim=2).flatten(1) / 2
+        layer.weight = nn.Parameter(weight, layer.weight.requires_grad)
 
 
-def _pointwise_convolution(linear: nn.Linear) -> nn.Conv2d:
+def _resize(network: nn.Module, head: str, num_classes: int | None) -> int:
+    """The number of classes, after a new classifier is put in the old one's place where it has another number."""
+    old = network.get_submodule(head)
+    assert isinstance(old, nn.Linear)
+    if num_classes is None or num_classes == old.out_features:
+        return old.out_features
+    like = old.weight
+    _set(network, head, nn.Linear(old.in_features, num_classes, old.bias is not None, like.device, like.dtype))
+    return num_classes
+
+
+def _set(network: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(network.get_submodule(parent), name, module)
+
+
+def _pointwise_convolution(linear: nn.Module, recipe: Recipe) -> nn.Conv2d:
+    assert isinstance(linear, nn.Linear)
     conv = nn.Conv2d(linear.in_features, linear.out_features, 1, bias=False, device="meta")
     conv.weight = nn.Parameter(linear.weight.detach()[:, :, None, None], linear.weight.requires_grad)
-    return conv.train(linear.training)
+    conv.bias = recipe.bias(linear)
+    return conv
 
 
-def _exponent_for_layer(b: float | Tensor, weight: Tensor) -> float | nn.Parameter:
-    """A learnable exponent is each layer's own."""
-    return nn.Parameter(b.detach().clone().reshape(()).to(weight)) if isinstance(b, Tensor) else b
-
-
-def _bcos_conv2d(conv: nn.Conv2d, b: float | Tensor) -> nn.Module:
-    new = BcosConv2d(
-        conv.in_channels,
-        conv.out_channels,
-        conv.kernel_size,
-        conv.stride,
-        conv.padding,
-        conv.dilation,
-        conv.groups,
-        padding_mode=conv.padding_mode,
-        b=_exponent_for_layer(b, conv.weight),
-        device="meta",
-    )
+def _map_classifier(linear: nn.Module, recipe: Recipe) -> nn.Module:
+    conv = _pointwise_convolution(linear, recipe)
+    new = BcosMapClassifier(conv.in_channels, conv.out_channels, b=recipe.exponent(conv.weight), device="meta")
     new.linear.weight = conv.weight
+    new.linear.bias = conv.bias
     return new
-
-
-def _bcos_linear(linear: nn.Linear, b: float | Tensor) -> nn.Module:
-    new = BcosLinear(linear.in_features, linear.out_features, b=_exponent_for_layer(b, linear.weight), device="meta")
-    new.linear.weight = linear.weight
-    return new
-
-
-def _uncentered_batch_norm(norm: nn.BatchNorm2d, b: float | Tensor) -> nn.Module:
-    # the bias would become bias - mean / std * weight, but no bias survives the conversion
-    new = BatchNormUncentered2d(
-        norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats, bias=False, device="meta"
-    )
-    new.weight = norm.weight
-    for buffer in ("running_mean", "running_var", "num_batches_tracked"):
-        setattr(new, buffer, getattr(norm, buffer))
-    return new
-
-
-def _average_pool(pool: nn.MaxPool2d, b: float | Tensor) -> nn.Module:
-    return nn.AvgPool2d(pool.kernel_size, pool.stride, pool.padding, pool.ceil_mode)
-
-
-def _layer_norm(norm: nn.LayerNorm, b: float | Tensor) -> nn.Module:
-    new = DetachableLayerNorm(norm.normalized_shape, norm.eps, norm.elementwise_affine, bias=False, device="meta")
-    new.weight = norm.weight
-    return new
-
-
-def _group_norm(norm: nn.GroupNorm, b: float | Tensor) -> nn.Module:
-    new = DetachableGroupNorm2d(norm.num_groups, norm.num_channels, norm.eps, norm.affine, device="meta")
-    new.weight = norm.weight
-    new.register_parameter("bias", None)
-    return new
-
-
-def _gelu(gelu: nn.GELU, b: float | Tensor) -> nn.Module:
-    return DetachableGELU()
-
-
-#: What becomes of a layer; ReLU and everything that is not here stays.
-_CONVERSIONS: dict[type[nn.Module], Callable[..., nn.Module]] = {
-    nn.Conv2d: _bcos_conv2d,
-    nn.Linear: _bcos_linear,
-    nn.BatchNorm2d: _uncentered_batch_norm,
-    nn.MaxPool2d: _average_pool,
-    nn.LayerNorm: _layer_norm,
-    nn.GroupNorm: _group_norm,
-    nn.GELU: _gelu,
-}
-
-
-def _convert_children(module: nn.Module, b: float | Tensor) -> None:
-    for name, child in module.named_children():
-        conversion = _CONVERSIONS.get(type(child))
-        if conversion is not None:
-            new = conversion(child, b).train(child.training)
-            setattr(module, name, new)
-            continue
-        _convert_children(child, b)
-        if isinstance(child, nn.Sequential):
-            # children numbered anew, as in the public checkpoints (DenseNet's `features.conv0` is their `features.0`)
-            setattr(module, name, nn.Sequential(*child.children()).train(child.training))
-
-
-def _remove_biases(module: nn.Module) -> None:
-    for child in module.modules():
-        if child._parameters.get("bias") is not None:
-            child.register_parameter("bias", None)

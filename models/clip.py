@@ -55,13 +55,12 @@ class ClipResNet(nn.Module):
         self.attnpool = AttentionPool(resolution // 32, channels, heads, output_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        for conv, bn, relu in (
-            (self.conv1, self.bn1, self.relu1),
-            (self.conv2, self.bn2, self.relu2),
-            (self.conv3, self.bn3, self.relu3),
-        ):
-            x = relu(bn(conv(x)))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(self.avgpool(x)))))
+        x = self.relu1(self.bn1(self.conv1(x)))
+        x = self.relu2(self.bn2(self.conv2(x)))
+        x = self.relu3(self.bn3(self.conv3(x)))
+        x = self.avgpool(x)
+        for stage in range(4):
+            x = self.get_submodule(f"layer{stage + 1}")(x)
         return self.attnpool(x)
 
 

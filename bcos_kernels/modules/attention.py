@@ -1,6 +1,6 @@
 """Attention whose explanation mode takes the attention weights, and with them queries and keys, as constants.
 
-What is left then is linear: every output token is a fixed mixture of the values (B-cos v2, arXiv 2306.10898, section 4.4).
+What is left then is linear: every output token is a fixed mixture of the values (B-cos v2, arXiv 2306.10898).
 Training and inference use PyTorch's scaled dot product attention.
 
 Each class takes over the layers of an attention module of a known structure under their own names, so that its state dict
@@ -20,7 +20,7 @@ from bcos_kernels.modules.detachable import DetachableModule
 
 
 class DetachableAttention(DetachableModule):
-    """The layers of ``source``, and :meth:`attend`."""
+    """The layers of ``source``, and :meth:`mix`."""
 
     if TYPE_CHECKING:  # nn.Module says `Tensor | Module`; the children are modules
 
@@ -43,7 +43,7 @@ class DetachableAttention(DetachableModule):
         children = dict(module.named_children())
         return all(name in children for name in cls.structure)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, dropout: float = 0.0, scale: float | None = None) -> Tensor:
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, *, dropout: float = 0.0, scale: float | None = None) -> Tensor:
         """``[N, heads, T, d]``, ``[N, heads, S, d]`` twice, to ``[N, T, heads * d]``."""
         dropout = dropout if self.training else 0.0
         if self.detach:
@@ -72,15 +72,15 @@ class SimpleViTAttention(DetachableAttention):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = _split_heads(self.to_qkv(self.norm(x)), 3, self.heads)
-        return self.to_out(self.attend(q, k, v))
+        return self.to_out(self.mix(q, k, v))
 
 
 class AttentionPool2d(DetachableAttention):
     """CLIP's attention pool: the mean of all locations asks, all locations and the mean answer.
 
     Shapes: ``[N, C, H, W]`` to ``[N, E]``. Children: ``q_proj``, ``k_proj``, ``v_proj``, ``c_proj``; ``source`` also has
-    ``num_heads``. The positional embedding is kept only where asked for: B-cosification has none (arXiv 2411.00715,
-    section 5). ``c_proj`` may be a B-cos layer in name, as in the public checkpoints: its plain weight is what is applied.
+    ``num_heads``. The positional embedding is kept only where asked for: B-cosification (arXiv 2411.00715) has none.
+    ``c_proj`` may be a B-cos layer in name, as in the public checkpoints: its plain weight is what is applied.
     """
 
     structure = ("q_proj", "k_proj", "v_proj", "c_proj")
@@ -102,8 +102,112 @@ class AttentionPool2d(DetachableAttention):
         if self.positional_embedding is not None:
             x = x + self.positional_embedding
         q, k, v = self.q_proj(x[:, :1]), self.k_proj(x), self.v_proj(x)
-        pooled = self.attend(*(_split_heads(t, 1, self.num_heads)[0] for t in (q, k, v))).squeeze(1)
+        pooled = self.mix(*(_split_heads(t, 1, self.num_heads)[0] for t in (q, k, v))).squeeze(1)
         return F.linear(pooled, self.c_proj.weight, self.c_proj.bias)
+
+
+class FusedAttention(DetachableAttention):
+    """timm's attention: ``qkv``, optional norms of query and key and of the result, ``proj``.
+
+    Shapes: ``[N, T, D]`` to the same. ``source`` also has ``num_heads``, and may have ``scale``.
+    """
+
+    structure = ("qkv", "proj")
+    plain = ("qkv", "q_norm", "k_norm")
+    #: a further child would do something that is not known here
+    optional: ClassVar[frozenset[str]] = frozenset({"q_norm", "k_norm", "attn_drop", "norm", "proj_drop"})
+
+    def __init__(self, source: nn.Module) -> None:
+        super().__init__(source)
+        self.num_heads: int = source.num_heads  # type: ignore[assignment]
+        self.scale: float | None = getattr(source, "scale", None)
+
+    @classmethod
+    def fits(cls, module: nn.Module) -> bool:
+        children = {name for name, _ in module.named_children()}
+        # many modules have these children; those with tensors of their own, such as relative positions, do more with them
+        return (
+            super().fits(module)
+            and type(module).__name__ == "Attention"
+            and hasattr(module, "num_heads")
+            and children <= {*cls.structure, *cls.optional}
+            and not module._parameters
+            and not module._buffers
+        )
+
+    def _optional(self, name: str, x: Tensor) -> Tensor:
+        layer = self._modules.get(name)
+        return x if layer is None else layer(x)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        if attn_mask is not None or is_causal:
+            raise ValueError(
+                "attn_mask, is_causal: masks are not supported by the converted attention; use None, False"
+            )
+        q, k, v = _split_heads(self.qkv(x), 3, self.num_heads)
+        q, k = self._optional("q_norm", q), self._optional("k_norm", k)
+        dropout = getattr(self._modules.get("attn_drop"), "p", 0.0)
+        x = self._optional("norm", self.mix(q, k, v, dropout=dropout, scale=self.scale))
+        return self._optional("proj_drop", self.proj(x))
+
+
+class MultiheadSelfAttention(DetachableAttention):
+    """``nn.MultiheadAttention`` for self-attention without masks; called and named as that is.
+
+    Shapes: ``[N, T, D]`` (``batch_first``) or ``[T, N, D]`` to the same, and None in place of the attention weights.
+
+    Raises:
+        ValueError: when called with another key or value than the query, or with a mask.
+    """
+
+    structure = ("out_proj",)
+    plain = ()
+
+    def __init__(self, source: nn.MultiheadAttention) -> None:
+        super().__init__(source)
+        self.in_proj_weight = source.in_proj_weight
+        self.in_proj_bias = source.in_proj_bias
+        self.num_heads = source.num_heads
+        self.dropout = source.dropout
+        self.batch_first = source.batch_first
+
+    @classmethod
+    def fits(cls, module: nn.Module) -> bool:
+        return (
+            isinstance(module, nn.MultiheadAttention)
+            and module.in_proj_weight is not None  # one width for query, key and value
+            and module.bias_k is None
+            and not module.add_zero_attn
+        )
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = False,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, None]:
+        if key is not query or value is not query:
+            raise ValueError("key and value must be the query itself: only self-attention was converted")
+        if key_padding_mask is not None or attn_mask is not None or is_causal:
+            raise ValueError("key_padding_mask, attn_mask, is_causal: masks are not supported; use None, None, False")
+        x = query if self.batch_first else query.transpose(0, 1)
+        q, k, v = _split_heads(F.linear(x, self.in_proj_weight, self.in_proj_bias), 3, self.num_heads)
+        x = self.out_proj(self.mix(q, k, v, dropout=self.dropout))
+        return (x if self.batch_first else x.transpose(0, 1)), None
+
+
+#: in the order in which they are tried
+ATTENTIONS: tuple[type[DetachableAttention], ...] = (
+    MultiheadSelfAttention,
+    SimpleViTAttention,
+    FusedAttention,
+    AttentionPool2d,
+)
 
 
 def _split_heads(x: Tensor, parts: int, heads: int) -> Tensor:

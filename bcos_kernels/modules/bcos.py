@@ -117,6 +117,35 @@ class BcosConv2d(_BcosLayer):
         )
 
 
+class BcosMapClassifier(BcosConv2d):
+    """A 1x1 B-cos convolution on the feature map, and the mean of its logits over all locations.
+
+    Stands in the place of a linear classifier behind global average pooling, when the pooling is left out. The feature map
+    may arrive flattened, as the pooled one did.
+
+    Shapes: ``[N, C, H, W]`` or ``[N, C * H * W]`` to ``[N, out_channels]``.
+
+    Source: B-cosification (arXiv 2411.00715, section 3).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        bias: bool = False,
+        *,
+        b: float | nn.Parameter = 2.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_channels, out_channels, 1, bias=bias, b=b, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() == 2:
+            x = x.unflatten(1, (self.in_channels, -1, 1))
+        return super().forward(x).mean((2, 3))
+
+
 class BcosLinear(_BcosLayer):
     """B-cos linear layer; arguments as for ``torch.nn.Linear``, and those of :func:`bcos_kernels.bcos_linear`.
 

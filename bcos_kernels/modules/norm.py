@@ -59,6 +59,15 @@ class BatchNormUncentered2d(nn.BatchNorm2d, DetachableModule):
         )
 
 
+class BatchNormActUncentered2d(BatchNormUncentered2d):
+    """:class:`BatchNormUncentered2d` followed by an activation, its child ``act`` (timm's ``BatchNormAct2d``)."""
+
+    act: nn.Module
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.act(super().forward(input))
+
+
 class DetachableLayerNorm(nn.LayerNorm, DetachableModule):
     """``nn.LayerNorm``; in explanation mode the variance is a constant, the mean is not."""
 
@@ -66,6 +75,13 @@ class DetachableLayerNorm(nn.LayerNorm, DetachableModule):
         if not self.detach:
             return super().forward(input)
         return reference.layer_norm(input, self.normalized_shape, self.weight, self.bias, eps=self.eps, detach_var=True)
+
+
+class DetachableLayerNorm2d(DetachableLayerNorm):
+    """Layer norm over the channels of every location of ``[N, C, H, W]`` (also called position norm)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class DetachableGroupNorm2d(nn.GroupNorm, DetachableModule):
