@@ -7,7 +7,7 @@ THREADS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 
 export OMP_NUM_THREADS ?= $(THREADS)
 
-.PHONY: demo test lint format bench sanitize clean
+.PHONY: demo test lint format bench gpu-check sanitize clean
 
 demo: $(STAMP)
 	$(BIN)/python demo.py --output demo
@@ -26,6 +26,11 @@ format: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.bench_layers
+
+# On a machine with a GPU and an environment of its own (it may have no network): tests, then benchmarks, within MINUTES.
+MINUTES ?= 10
+gpu-check:
+	$(PYTHON) -m benchmarks.gpu_check --minutes $(MINUTES)
 
 # The property test on a sanitized build of the extension; the ordinary one is put back afterwards.
 SANITIZERS = $(shell $(CXX) -print-file-name=libasan.so):$(shell $(CXX) -print-file-name=libubsan.so):$(shell $(CXX) -print-file-name=libstdc++.so.6)
