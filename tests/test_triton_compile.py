@@ -1,0 +1,118 @@
+"""Every Triton kernel compiles for Ampere, Hopper and Blackwell, without spills, and Hopper's use wgmma. Needs no GPU."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from bcos_kernels.contract import Forward, Needs, Options, Saved
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter does not compile", allow_module_level=True)
+
+from bcos_kernels.triton import batch_norm, common, layers, tiles
+from tests.triton_compile import Launch, compile_for, recorded, source
+
+#: By architecture: the row of the tile table, and what a matrix product of the tensor cores looks like.
+ARCHITECTURES = {80: ("sm80", "mma.sync"), 90: ("sm90", "wgmma.mma_async"), 100: ("sm90", "tcgen05.mma")}
+PRODUCTS = {"linear.forward", "linear.input_gradient", "conv2d.forward"}
+EVERY_KERNEL = PRODUCTS | {
+    "conv2d.depthwise",
+    *(f"elementwise.{k}" for k in ("squares", "window_root", "scale", "scale_backward", "add_pull")),
+    *(f"batch_norm.{k}" for k in ("statistics", "merge_statistics", "apply", "sums", "input_gradient")),
+}
+
+THREE = Options(padding=(1, 1))
+LEARNABLE = torch.tensor(1.7)
+
+
+def both_passes(dtype: torch.dtype, x: tuple[int, ...], w: tuple[int, ...], o: Options, *, last: bool = True) -> None:
+    """What is computed is garbage, since no kernel runs: only the launches count."""
+    xt, wt, bias = torch.zeros(x, dtype=dtype), torch.zeros(w, dtype=dtype), torch.zeros(w[0], dtype=dtype)
+    needs = Needs(True, False, False, isinstance(o.b, Tensor))
+    if len(x) == 4:
+        xt = xt.contiguous(memory_format=torch.channels_last) if last else xt
+        forward, backward = layers.conv2d, layers.conv2d_backward
+    else:
+        forward, backward = layers.linear, layers.linear_backward
+    f: Forward = forward(xt, wt, bias, o, True)
+    saved = Saved(f.linear if o.keeps_linear(dtype) else f.y, f.norm, f.winner)
+    backward(torch.zeros_like(f.y), xt, wt, bias, saved, o, needs)
+
+
+def launches(dtype: torch.dtype, device_class: str) -> list[Launch]:
+    """A ResNet's layers and their relatives, both paths, every kernel; the wider variety in bfloat16."""
+    wide = dtype == torch.bfloat16
+    with recorded(device_class) as found:
+        for b in (2.0, LEARNABLE) if wide else (2.0,):
+            for fused in (True, False):
+                with tiles.force(fused):
+                    both_passes(dtype, (8, 1024, 256), (512, 256), Options(b=b))
+                    both_passes(dtype, (4, 64, 28, 28), (128, 64, 3, 3), replace(THREE, b=b))
+                    both_passes(dtype, (4, 64, 28, 28), (64, 1, 3, 3), replace(THREE, b=b, groups=64))
+        if wide:
+            with tiles.force(True):
+                both_passes(dtype, (4, 256), (64, 256), Options())
+                both_passes(dtype, (5, 7), (3, 7), Options())
+                both_passes(dtype, (8, 1024, 256), (1024, 256), Options(max_out=2))
+                both_passes(dtype, (8, 64, 56, 56), (256, 64, 1, 1), Options(stride=(2, 2)))
+                both_passes(dtype, (2, 6, 56, 56), (64, 6, 7, 7), Options(padding=(3, 3), stride=(2, 2)))
+                both_passes(dtype, (4, 64, 28, 28), (256, 64, 3, 3), replace(THREE, max_out=2))
+                both_passes(dtype, (4, 64, 28, 28), (128, 2, 3, 3), replace(THREE, max_out=2, groups=32))
+            with tiles.force(False):
+                both_passes(dtype, (4, 64, 28, 28), (128, 64, 3, 3), THREE, last=False)
+                both_passes(dtype, (4, 64, 28, 28), (256, 64, 1, 1), Options(max_out=2))
+        x = torch.zeros(4, 256, 28, 28, dtype=dtype).contiguous(memory_format=torch.channels_last)
+        weight = torch.zeros(256, dtype=dtype)
+        _, mean, var = batch_norm.batch_norm_uncentered2d(x, None, weight, weight, 1e-5)
+        batch_norm.batch_norm_uncentered2d_backward(x, x, mean, var, weight, 1e-5, True, False, (True, True, True))
+        batch_norm.apply(x, common.layout(x), var, weight, None, 1e-5, residual=x, relu=True, squares=True)
+    return found
+
+
+def distinct(found: list[Launch]) -> Iterator[Launch]:
+    seen = set()
+    for launch in found:
+        made = source(launch)
+        key = (launch.name, str(made.signature), str(made.constants), str(made.attrs), str(launch.options))
+        if key not in seen:
+            seen.add(key)
+            yield launch
+
+
+@pytest.fixture(autouse=True)
+def _tf32() -> Iterator[None]:
+    """float32 on the tensor cores in both operations: the path without them is compiled with float64's."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    yield
+    torch.backends.cuda.matmul.fp32_precision = before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_compiles_without_spills(dtype: torch.dtype, arch: int, tmp_path: Path) -> None:
+    device_class, instruction = ARCHITECTURES[arch]
+    names, wrong = set(), []
+    for launch in distinct(launches(dtype, device_class)):
+        names.add(launch.name)
+        compiled = compile_for(launch, arch, tmp_path)
+        print(f"{arch} {dtype} {launch.name}: {compiled.registers} registers, {compiled.shared} bytes shared")
+        if compiled.spilled:
+            constants = {k: v for k, v in launch.arguments.items() if k.isupper()}
+            wrong.append(f"{launch.name} {constants} {launch.options}: {compiled.spilled} bytes spilled")
+        if launch.name in PRODUCTS and dtype != torch.float64 and instruction not in compiled.ptx:
+            wrong.append(f"{launch.name}: no {instruction}")
+        limit = 163 if device_class == "sm80" else 227
+        if compiled.shared > limit * 1024:
+            wrong.append(f"{launch.name}: {compiled.shared} bytes of shared memory, {limit} KiB at most")
+    assert names == EVERY_KERNEL
+    assert not wrong, "\n".join(wrong)
