@@ -24,6 +24,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--base_network", help=f"one of {', '.join(experiments.base_networks())}")
     parser.add_argument("--experiment_name", help="see --list")
     parser.add_argument("--list", action="store_true", help="list the experiments and stop")
+    parser.add_argument("--print_config", action="store_true", help="print the whole recipe as YAML and stop")
     parser.add_argument("--data_path", type=Path, help="where the images are (instead of IMAGENET_PATH or DATA_ROOT)")
     parser.add_argument(
         "--init_weights", type=Path, help="conventional weights to start from (instead of the recipe's)"
@@ -80,7 +81,7 @@ def main(argv: list[str] | None = None) -> Path | None:
         argv: the options; default: the command line.
 
     Returns:
-        The experiment's folder; None after `--list`.
+        The experiment's folder; None after `--list` and `--print_config`.
 
     Raises:
         models.errors.UserError: options, data or weights that do not fit; the message says what to do.
@@ -91,6 +92,9 @@ def main(argv: list[str] | None = None) -> Path | None:
         return None
     _check(args)
     experiment = _experiment(args)
+    if args.print_config:
+        print(_yaml(experiment), end="")
+        return None
 
     # Lightning takes seconds to import; --help, --list and a misspelt name should not.
     from training.fit import FitOptions, fit
@@ -133,6 +137,15 @@ def _experiment(args: argparse.Namespace) -> experiments.Experiment:
         data=dataclasses.replace(experiment.data, **data),
         trainer=dataclasses.replace(experiment.trainer, **trainer),
     )
+
+
+def _yaml(experiment: experiments.Experiment) -> str:
+    try:
+        import yaml
+    except ImportError as error:
+        raise UserError("--print_config needs PyYAML: pip install pyyaml.") from error
+    text: str = yaml.safe_dump(experiment.to_dict(), sort_keys=False)
+    return text
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -27,7 +27,7 @@ def create_model(
 
     Args:
         name: an experiment name, such as "resnet_50".
-        base_network: "bcosification" gives a network that expects `[N, 6, H, W]` in [0, 1] (see
+        base_network: "bcosification" and "vit_bcosification" give a network that expects `[N, 6, H, W]` in [0, 1] (see
             `bcos_kernels.AddInverse`); "standard" gives one that expects `[N, 3, H, W]` normalised with ImageNet's
             mean and std.
         weights: None: random ones. "pretrained": torchvision's weights of the recipe, B-cosified where the network is.
@@ -104,13 +104,20 @@ def starting_network(
 
     Raises:
         models.errors.CheckpointError: the weights cannot be found, read or fitted.
-        models.errors.UserError: the conventional experiment that this one starts from has not been trained.
+        models.errors.UserError: the conventional experiment that this one starts from has not been trained, or its
+            weights have to be given.
     """
     recipe = experiment.model
     if init_weights is None and recipe.start == "pretrained":
         return finish(load_pretrained(recipe, num_classes), recipe)
     if init_weights is not None:
         return finish(_conventional_from_file(recipe, num_classes, init_weights), recipe)
+    if recipe.start == "file":
+        raise UserError(
+            f"'{experiment.name}' starts from a conventional {recipe.architecture}, whose weights are not part of any "
+            "package: B-cos v2 publishes them, and nothing is downloaded here. Give the file to train.py with "
+            "--init_weights PATH. The same experiment with random weights has '_random' behind the architecture."
+        )
     model = build(recipe.architecture, num_classes)
     if recipe.start == "standard":
         load_weights(model, _standard_checkpoint(experiment, Path(base_directory)))
@@ -128,8 +135,19 @@ def _conventional_from_file(recipe: ModelRecipe, num_classes: int, path: Path) -
 
 
 def finish(model: nn.Module, recipe: ModelRecipe) -> nn.Module:
-    """The network as the recipe wants it: B-cosified, or left alone."""
-    return bk.bcosify(model) if recipe.converted else model
+    """The network as the recipe wants it: B-cosified, or left alone. `model` is used up."""
+    if not recipe.converted:
+        return model
+    if recipe.no_gelu:
+        _remove_gelu(model)
+    return bk.bcosify(model, keep=recipe.keep)
+
+
+def _remove_gelu(model: nn.Module) -> None:
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, nn.GELU):
+                setattr(parent, name, nn.Identity())
 
 
 def _standard_checkpoint(experiment: Experiment, base_directory: Path) -> Path:

@@ -12,17 +12,20 @@ from torchvision.models.resnet import BasicBlock, ResNet
 
 from models.errors import CheckpointError
 from models.experiments import ModelRecipe
+from models.vit import SIZES, SimpleViT, simple_vit
 
 _SMALL_WIDTH = 32
 
 
 def build(architecture: str, num_classes: int) -> nn.Module:
-    """A conventional network with random weights: a torchvision ResNet or DenseNet.
+    """A conventional network with random weights: a torchvision ResNet or DenseNet, or a simple ViT.
 
     Args:
-        architecture: a torchvision name, or "resnet10", "resnet10_w{width}": one basic block in each of the four
-            stages, for small images (see `_small_resnet`).
+        architecture: a torchvision name; one of `models.vit.SIZES`; or "resnet10", "resnet10_w{width}": one basic block
+            in each of the four stages, for small images (see `_small_resnet`).
     """
+    if architecture in SIZES:
+        return simple_vit(architecture, num_classes)
     if architecture.startswith("resnet10_w"):
         return _small_resnet(int(architecture.removeprefix("resnet10_w")), num_classes)
     if architecture == "resnet10":
@@ -53,7 +56,9 @@ def load_pretrained(recipe: ModelRecipe, num_classes: int) -> nn.Module:
 
 
 def classifier_name(model: nn.Module) -> str:
-    """Where the last linear layer is: "fc" in a ResNet, "classifier" in a DenseNet."""
+    """Path of the last linear layer: "fc" in a ResNet, "classifier" in a DenseNet, "linear_head.linear" in a ViT."""
+    if isinstance(model, SimpleViT):
+        return "linear_head.linear"
     return "fc" if isinstance(model, ResNet) else "classifier"
 
 
@@ -63,7 +68,8 @@ def resize_classifier(model: nn.Module, num_classes: int) -> None:
     classifier = model.get_submodule(name)
     assert isinstance(classifier, nn.Linear)
     if classifier.out_features != num_classes:
-        setattr(model, name, nn.Linear(classifier.in_features, num_classes))
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, nn.Linear(classifier.in_features, num_classes))
 
 
 def _small_resnet(width: int, num_classes: int) -> ResNet:

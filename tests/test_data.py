@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms import v2
 
 from models import experiments
 from models.experiments import DataRecipe
@@ -60,6 +61,27 @@ def test_digits_are_the_original_images_enlarged() -> None:
     assert images.min() >= 0
     assert 0.9 < images.max() <= 1
     assert torch.equal(images[:, 0], images[:, 2])
+
+
+@pytest.mark.parametrize("dataset", ["ImageNet", "CIFAR10"])
+@pytest.mark.parametrize("base_network", ["vit_bcosification", "standard"])
+def test_vits_train_on_rand_augment(dataset: str, base_network: str) -> None:
+    name = "vitc_ti_patch1_14" if base_network == "standard" else "bcosifyv2_bcos_vitc_ti_patch1_14"
+    recipe = experiments.find(dataset, base_network, name).data
+    transform = train_transform(recipe)
+    (augment,) = [step for step in transform.modules() if isinstance(step, v2.RandAugment)]  # type: ignore[attr-defined]
+    assert (augment.magnitude, augment.num_ops) == (10, 2)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
+    outs = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        outs.append(transform(image))
+    assert outs[0].shape == ((3 if base_network == "standard" else 6), 224, 224)
+    assert torch.equal(outs[0], outs[1])
+    assert not torch.equal(outs[0], outs[2])
+    plain = train_transform(dataclasses.replace(recipe, rand_augment=None))
+    assert not any(isinstance(step, v2.RandAugment) for step in plain.modules())  # type: ignore[attr-defined]
+    assert not any(isinstance(step, v2.RandAugment) for step in eval_transform(recipe).modules())  # type: ignore[attr-defined]
 
 
 def test_six_channels_are_the_image_and_its_inverse() -> None:

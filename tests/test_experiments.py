@@ -49,6 +49,8 @@ def test_recipe_of_the_readmes_experiments(name: str, architecture: str, weights
         "schedule": "cosine",
         "interval": "epoch",
         "agc": 0.01,
+        "warmup_steps": 0,
+        "max_norm": None,
     }
     assert dataclasses.asdict(experiment.trainer) == {
         "max_epochs": 90,
@@ -94,7 +96,8 @@ def test_unknown_names_get_a_suggestion(arguments: tuple[str, str, str], sentenc
 def test_list_prints_every_experiment(capsys: pytest.CaptureFixture[str]) -> None:
     assert train.main(["--list"]) is None
     printed = capsys.readouterr().out
-    for name in ("resnet_18", "resnet_50_V1", "densenet_121", "resnet_10", "-seed=N"):
+    vit = "bcosifyv2_[bcos_]vitc_l_patch1_14[_random][_0.001|_0.01|_1e-05][_lrWarmup][_useBias][_noGelu][_gapReorder]"
+    for name in ("resnet_18", "resnet_50_V1", "densenet_121", "resnet_10", "-seed=N", vit):
         assert name in printed
 
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from models import experiments
 from training.agc import adaptive_clip_grad_, unit_norm
 from training.losses import bce, bce_uniform_off_labels, cross_entropy, get_loss
-from training.optim import build_schedule, cosine_factor
+from training.mixup import MixUp
+from training.optim import build_optimiser, build_schedule, cosine_factor, warmup_factor
 
 
 def _mean_bce(logits: torch.Tensor, labels: list[list[float]]) -> float:
@@ -31,6 +35,25 @@ def test_bce_is_the_mean_over_all_entries() -> None:
     assert bce_uniform_off_labels(logits, targets).item() == pytest.approx(_mean_bce(logits, soft), rel=1e-12)
 
 
+def test_soft_targets_are_shares_of_every_class() -> None:
+    logits = torch.tensor([[0.3, -1.2, 2.0, 0.1], [-0.7, 0.0, 0.4, 1.1]], dtype=torch.float64)
+    shares = torch.tensor([[0.0, 0.125, 0.875, 0.0], [0.5, 0.0, 0.0, 0.5]])
+    lifted = [[0.25, 0.25, 0.875, 0.25], [0.5, 0.25, 0.25, 0.5]]
+    assert bce(logits, shares).item() == pytest.approx(_mean_bce(logits, shares.tolist()), rel=1e-12)
+    assert bce_uniform_off_labels(logits, shares).item() == pytest.approx(_mean_bce(logits, lifted), rel=1e-12)
+    expected = -(shares * logits.log_softmax(1)).sum(1).mean().item()
+    assert cross_entropy(logits, shares).item() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("loss", [bce, bce_uniform_off_labels, cross_entropy])
+def test_certain_shares_are_class_indices(loss: Any) -> None:
+    logits = torch.randn(3, 5, dtype=torch.float64)
+    targets = torch.tensor([4, 0, 2])
+    shares = torch.nn.functional.one_hot(targets, 5).float()
+    torch.testing.assert_close(loss(logits, shares), loss(logits, targets))
+    assert loss(logits, shares).dtype == torch.float64
+
+
 def test_losses_are_found_by_name() -> None:
     assert get_loss("bce") is bce
     assert get_loss("bce_uniform_off_labels") is bce_uniform_off_labels
@@ -46,6 +69,10 @@ def test_wrong_shapes_are_named(loss: object) -> None:
         loss(torch.zeros(2, 3), torch.zeros(3, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"float32"):
         loss(torch.zeros(2, 3), torch.zeros(2))
+    with pytest.raises(ValueError, match=r"or \[2, 3\] shares in floating point, got shape \(2, 4\)"):
+        loss(torch.zeros(2, 3), torch.zeros(2, 4))
+    with pytest.raises(ValueError, match=r"got shape \(2, 3\), dtype torch.int64"):
+        loss(torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.int64))
 
 
 def test_unit_norm_is_per_output_and_whole_for_vectors() -> None:
@@ -98,3 +125,64 @@ def test_schedule_agrees_with_torchs_cosine() -> None:
         for optimiser, step in ((ours, schedule), (theirs, reference)):
             optimiser.step()
             step.step()
+
+
+def test_warmup_is_a_line_and_then_a_cosine() -> None:
+    assert [warmup_factor(move, 110, 10) for move in (0, 5, 10)] == pytest.approx([0.01, 0.505, 1.0])
+    assert [warmup_factor(move, 110, 10) for move in (60, 110, 200)] == pytest.approx([0.5, 0.0, 0.0], abs=1e-12)
+    assert [warmup_factor(move, 7, 0) for move in range(9)] == [cosine_factor(move, 7) for move in range(9)]
+    assert warmup_factor(4, 4, 10) == pytest.approx(0.01 + 0.99 * 0.4)  # shorter than its warm-up
+
+
+def test_warmup_agrees_with_torchs_schedules() -> None:
+    parameter = nn.Parameter(torch.zeros(1))
+    ours, theirs = (torch.optim.Adam([parameter], lr=1e-3) for _ in range(2))
+    schedule = build_schedule(ours, 12, 4)
+    line = torch.optim.lr_scheduler.LinearLR(theirs, start_factor=0.01, total_iters=4)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(theirs, T_max=8)
+    reference = torch.optim.lr_scheduler.SequentialLR(theirs, [line, cosine], milestones=[4])
+    for _ in range(12):
+        assert ours.param_groups[0]["lr"] == pytest.approx(theirs.param_groups[0]["lr"], rel=1e-9, abs=1e-15)
+        for optimiser, step in ((ours, schedule), (theirs, reference)):
+            optimiser.step()
+            step.step()
+
+
+def test_optimiser_is_the_recipes() -> None:
+    for base_network, name, kind, decay in (
+        ("vit_bcosification", "bcosifyv2_bcos_vitc_s_patch1_14_0.01", torch.optim.Adam, 0.0),
+        ("standard", "vitc_s_patch1_14", torch.optim.AdamW, 1e-4),
+    ):
+        recipe = experiments.find("ImageNet", base_network, name).optimiser
+        optimiser = build_optimiser(recipe, [nn.Parameter(torch.zeros(1))])
+        assert type(optimiser) is kind
+        assert optimiser.param_groups[0]["lr"] == recipe.lr
+        assert optimiser.param_groups[0]["weight_decay"] == decay
+
+
+def test_mixup_mixes_images_and_targets_with_the_same_share() -> None:
+    images, targets = torch.rand(3, 6, 4, 4), torch.tensor([2, 0, 1])
+    mixed, shares = MixUp(0.2, 4, seed=42)(images, targets, (0, 0, 0))
+    share = float(shares[0, 2])
+    assert 0 <= share <= 1
+    torch.testing.assert_close(mixed, share * images + (1 - share) * images.roll(1, 0))
+    one_hot = torch.nn.functional.one_hot(targets, 4).float()
+    torch.testing.assert_close(shares, share * one_hot + (1 - share) * one_hot.roll(1, 0))
+
+
+def test_mixup_depends_on_seed_and_position_alone() -> None:
+    images, targets = torch.rand(2, 3, 4, 4), torch.tensor([0, 1])
+
+    def share(seed: int, *position: int) -> float:
+        return float(MixUp(0.2, 2, seed)(images, targets, position)[1][0, 0])
+
+    before = torch.get_rng_state()
+    shares = [share(42, epoch, index, rank) for epoch in range(3) for index in range(20) for rank in range(2)]
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(9)
+    assert shares[5] == share(42, 0, 2, 1)
+    assert len(set(shares)) > 100
+    assert share(43, 0, 2, 1) != shares[5]
+    # Beta(0.2, 0.2): mean 1/2, variance 1 / (4 * 1.4)
+    assert np.mean(shares) == pytest.approx(0.5, abs=0.15)
+    assert np.var(shares) == pytest.approx(1 / 5.6, abs=0.05)

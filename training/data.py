@@ -91,10 +91,11 @@ def train_transform(recipe: DataRecipe) -> Transform:
         moved = {"degrees": 10, "translate": (0.06, 0.06), "fill": 1.0}
         steps = [v2.RandomAffine(**moved, interpolation=v2.InterpolationMode.BILINEAR)]
     elif recipe.dataset == "CIFAR10":
-        steps = [v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip(), _resize(size), *_to_tensor()]
+        steps = [v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip(), *_rand_augment(recipe)]
+        steps += [_resize(size), *_to_tensor()]
     else:
         crop = v2.RandomResizedCrop(size, interpolation=v2.InterpolationMode.BILINEAR, antialias=True)
-        steps = [crop, v2.RandomHorizontalFlip(), *_to_tensor()]
+        steps = [crop, v2.RandomHorizontalFlip(), *_rand_augment(recipe), *_to_tensor()]
     return _compose([*steps, _network_input(recipe)])
 
 
@@ -280,6 +281,12 @@ def _read_image(path: str) -> Image.Image:
     # PIL reports damage as OSError, but for some formats as SyntaxError or ValueError.
     except (OSError, SyntaxError, ValueError) as error:
         raise DataError(f"The image file {path} cannot be read: {error}") from error
+
+
+def _rand_augment(recipe: DataRecipe) -> list[nn.Module]:
+    if recipe.rand_augment is None:
+        return []
+    return [v2.RandAugment(magnitude=recipe.rand_augment, interpolation=v2.InterpolationMode.BILINEAR)]
 
 
 def _resize(size: int) -> nn.Module:

@@ -170,7 +170,9 @@ def check_same_recipe(experiment: Experiment, config: Path) -> None:
     if not config.is_file():
         return
     recorded = _flat(json.loads(config.read_text()))
-    current = _flat(experiment.to_dict())
+    current = _flat(json.loads(json.dumps(experiment.to_dict())))
+    # What the recipe has gained since it was recorded is empty in all recipes of that time.
+    recorded |= {key: value for key, value in current.items() if key not in recorded and not value}
     differing = [
         f"{key}: {recorded.get(key)} then, {current.get(key)} now"
         for key in sorted(recorded.keys() | current.keys())

@@ -13,11 +13,11 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def bce(logits: Tensor, targets: Tensor) -> Tensor:
-    """Binary cross-entropy of every class against the one-hot target, the mean over all entries.
+    """Binary cross-entropy of every class against its share of the target, the mean over all entries.
 
     Args:
         logits: `[N, K]`, floating.
-        targets: `[N]`, class indices, int64.
+        targets: `[N]`, class indices, int64; or `[N, K]`, floating, the share of every class, as mixup makes them.
 
     Returns:
         A scalar.
@@ -25,19 +25,19 @@ def bce(logits: Tensor, targets: Tensor) -> Tensor:
     Raises:
         ValueError: shapes or dtype other than these.
     """
-    return F.binary_cross_entropy_with_logits(logits, _one_hot(logits, targets))
+    return F.binary_cross_entropy_with_logits(logits, _shares(logits, targets))
 
 
 def bce_uniform_off_labels(logits: Tensor, targets: Tensor) -> Tensor:
-    """As `bce`, but the target of every wrong class is `1 / K` instead of 0; that of the right one stays 1."""
-    labels = _one_hot(logits, targets).clamp(min=1.0 / logits.shape[1])
+    """As `bce`, but no share is below `1 / K`: that is what every wrong class gets instead of 0."""
+    labels = _shares(logits, targets).clamp(min=1.0 / logits.shape[1])
     return F.binary_cross_entropy_with_logits(logits, labels)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Softmax cross-entropy, the mean over the batch. Arguments as for `bce`."""
     _check(logits, targets)
-    return F.cross_entropy(logits, targets)
+    return F.cross_entropy(logits, targets if targets.ndim == 1 else targets.to(logits.dtype))
 
 
 def get_loss(name: LossName) -> Loss:
@@ -50,16 +50,17 @@ def get_loss(name: LossName) -> Loss:
     return losses[name]
 
 
-def _one_hot(logits: Tensor, targets: Tensor) -> Tensor:
+def _shares(logits: Tensor, targets: Tensor) -> Tensor:
     _check(logits, targets)
-    return F.one_hot(targets, logits.shape[1]).to(logits.dtype)
+    return (F.one_hot(targets, logits.shape[1]) if targets.ndim == 1 else targets).to(logits.dtype)
 
 
 def _check(logits: Tensor, targets: Tensor) -> None:
     if logits.ndim != 2:
         raise ValueError(f"logits must be [N, K], got shape {tuple(logits.shape)}.")
-    if targets.shape != logits.shape[:1] or targets.is_floating_point():
+    soft = targets.is_floating_point()
+    if targets.shape != (logits.shape if soft else logits.shape[:1]):
         raise ValueError(
-            f"targets must be [{logits.shape[0]}] class indices for logits {tuple(logits.shape)}, "
-            f"got shape {tuple(targets.shape)}, dtype {targets.dtype}."
+            f"targets must be [{logits.shape[0]}] class indices for logits {tuple(logits.shape)}, or "
+            f"{list(logits.shape)} shares in floating point, got shape {tuple(targets.shape)}, dtype {targets.dtype}."
         )

@@ -9,17 +9,28 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from models.experiments import OptimiserRecipe
+from models.experiments import WARMUP_START, OptimiserRecipe
 
 
 def build_optimiser(recipe: OptimiserRecipe, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     """The recipe's optimiser over these parameters."""
-    return torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay)
+    kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[recipe.name]
+    return kind(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay)
 
 
-def build_schedule(optimiser: torch.optim.Optimizer, length: int) -> LambdaLR:
-    """The cosine schedule over `length` moves (steps or epochs, as the recipe's `interval` says)."""
-    return LambdaLR(optimiser, lambda move: cosine_factor(move, length))
+def build_schedule(optimiser: torch.optim.Optimizer, length: int, warmup: int = 0) -> LambdaLR:
+    """Warm-up, then cosine, over `length` moves together (steps or epochs, as the recipe's `interval` says)."""
+    return LambdaLR(optimiser, lambda move: warmup_factor(move, length, warmup))
+
+
+def warmup_factor(move: int, length: int, warmup: int) -> float:
+    """As `cosine_factor`, but from `WARMUP_START` at move 0 in a straight line to 1 at move `warmup`; cosine after it.
+
+    A training that is not longer than the warm-up ends on that line.
+    """
+    if move < warmup:
+        return WARMUP_START + (1.0 - WARMUP_START) * move / warmup
+    return cosine_factor(move - warmup, max(length - warmup, 1))
 
 
 def cosine_factor(move: int, length: int) -> float:
