@@ -59,6 +59,11 @@ def launches(dtype: torch.dtype, device_class: str) -> list[Launch]:
                     both_passes(dtype, (4, 64, 28, 28), (64, 1, 3, 3), replace(THREE, b=b, groups=64))
         if wide:
             with tiles.force(True):
+                # many tiles, up to 64 columns and more: the table's "narrow" and "wide"
+                for b in (2.0, LEARNABLE):
+                    for columns in (64, 512):
+                        both_passes(dtype, (16384, columns), (columns, columns), Options(b=b))
+                        both_passes(dtype, (8, 64, 56, 56), (columns, 64, 3, 3), replace(THREE, b=b))
                 both_passes(dtype, (4, 256), (64, 256), Options())
                 both_passes(dtype, (5, 7), (3, 7), Options())
                 both_passes(dtype, (8, 1024, 256), (1024, 256), Options(max_out=2))

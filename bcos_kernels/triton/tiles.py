@@ -41,13 +41,14 @@ class Patch:
     warps: int
 
 
-#: Persistent programs a multiprocessor: two, so that one computes while the other is in its epilogue.
+#: Persistent programs a multiprocessor: two, so that one computes while the other is in its epilogue, where both fit. The
+#: "wide" tile of a linear layer does not: compiled for sm_90 it takes 204 registers a thread (general B: 238).
 PROGRAMS_PER_SM = 2
 
 _HALF = (torch.float16, torch.bfloat16)
 
-# 128x128 accumulators are 64 registers a thread with 8 warps, and 3 stages of depth 64 are 96 KiB: two programs fit into
-# Hopper's 228 KiB and 64K registers. Ampere (164 KiB, sm_86: 100 KiB) gets half the depth.
+# 3 stages of 128x128x64 are 96 KiB of Hopper's 228. Ampere (164 KiB, sm_86: 100 KiB) gets half the depth. All were compiled
+# for sm_80, sm_90 and sm_100 without spills (tests/test_triton_compile.py).
 # "wide": more than 64 columns and enough rows to fill the machine; "narrow": up to 64 columns; "small": few tiles; "max_out":
 # the running best and its index need as many registers as the accumulators again (128x128 spilled 184 bytes a thread);
 # "scattered": rows that are not aligned to 16 bytes, or a convolution of few channels: every element has an address of
