@@ -56,6 +56,15 @@ def test_opcheck(case: Case) -> None:
     torch.library.opcheck(op.default, operator_arguments(case))
 
 
+#: PyTorch 2.11 cannot trace the second derivative of its own convolution with symbolic sizes; 2.15 can (between: not tried).
+TRACEABLE = (
+    "test_schema",
+    "test_autograd_registration",
+    "test_faketensor",
+    *(["test_aot_dispatch_dynamic"] if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 15) else []),
+)
+
+
 @pytest.mark.parametrize("case", variants(CONV, LINEAR), ids=lambda c: c.name)
 def test_opcheck_backward(case: Case) -> None:
     x, weight, bias, b_tensor, *scalars = operator_arguments(case)
@@ -76,7 +85,8 @@ def test_opcheck_backward(case: Case) -> None:
         *scalars[:-2],
         "auto",
     )
-    torch.library.opcheck(getattr(torch.ops.bcos, f"{kind}_backward").default, arguments)
+    operator = getattr(torch.ops.bcos, f"{kind}_backward").default
+    torch.library.opcheck(operator, arguments, test_utils=TRACEABLE)
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
