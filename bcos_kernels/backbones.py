@@ -1,7 +1,7 @@
 """Networks of the paper whose ``forward`` is replaced, so that the classifier comes before the pooling.
 
 Averaging after the (non-linear) B-cos classifier instead of before it gives every location its own logits (B-cosification,
-arXiv 2411.00715, section 3). A backbone takes over the children of a network of a known structure, under their own names,
+arXiv 2411.00715). A backbone takes over the children of a network of a known structure, under their own names,
 and replaces only the network's ``forward``. Networks that are none of these keep theirs; see :mod:`bcos_kernels.structure`.
 """
 

@@ -1,6 +1,6 @@
 """B-cosification: a standard network becomes a B-cos network that starts from the same weights.
 
-Source: B-cosification (arXiv 2411.00715, section 3); the keys of the converted state dicts are those of its public
+Source: B-cosification (arXiv 2411.00715); the keys of the converted state dicts are those of its public
 checkpoints.
 """
 

@@ -1,6 +1,6 @@
 """Explanations: the linear map that a B-cos network applied to an image, as numbers and as pictures.
 
-Source: B-cos Networks (arXiv 2205.10268, section 3.2); the colour picture is the one of its public code.
+Source: B-cos Networks (arXiv 2205.10268); the colour picture is the one of its public code.
 """
 
 from __future__ import annotations

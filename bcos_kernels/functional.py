@@ -58,8 +58,8 @@ def bcos_conv2d(
         ValueError: shapes, devices, or option values that do not fit; an unknown backend.
         RuntimeError: the named backend cannot run this call; the message says why.
 
-    Source: B-cos Networks (arXiv 2205.10268, section 3); B-cos v2 (arXiv 2306.10898, section 3); B-cosification
-    (arXiv 2411.00715, section 3).
+    Source: B-cos Networks (arXiv 2205.10268); B-cos v2 (arXiv 2306.10898); B-cosification
+    (arXiv 2411.00715).
     """
     _check_tensors("x", x, weight=weight, bias=bias)
     stride, dilation = _pair("stride", stride, 1), _pair("dilation", dilation, 1)
@@ -198,7 +198,7 @@ def batch_norm_uncentered2d(
     Raises:
         TypeError, ValueError: arguments that do not fit.
 
-    Source: B-cos v2 (arXiv 2306.10898, section 4.2).
+    Source: B-cos v2 (arXiv 2306.10898).
     """
     _check_floating("x", x)
     _check_rank(x, "x", 4, "[N, C, H, W]")

@@ -190,7 +190,7 @@ def batch_norm_uncentered2d(
     eps: float = 1e-5,
     detach_var: bool = False,
 ) -> Tensor:
-    """``x / sqrt(var + eps) * weight + bias`` per channel of ``x [N, C, H, W]`` (arXiv 2306.10898, section 4.2).
+    """``x / sqrt(var + eps) * weight + bias`` per channel of ``x [N, C, H, W]`` (arXiv 2306.10898).
 
     ``var`` is the running variance (evaluation), or None for the batch's own biased variance about the mean (training).
     The mean is not subtracted either way.

@@ -125,7 +125,7 @@ class BcosMapClassifier(BcosConv2d):
 
     Shapes: ``[N, C, H, W]`` or ``[N, C * H * W]`` to ``[N, out_channels]``.
 
-    Source: B-cosification (arXiv 2411.00715, section 3).
+    Source: B-cosification (arXiv 2411.00715).
     """
 
     def __init__(

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 class LogitLayer(nn.Module):
     """``x / logit_temperature + logit_bias``; None leaves a part out. Holds no state.
 
-    The bias puts the initial sigmoid of every class near ``1 / classes``: -log(classes - 1) (B-cos v2, section 3.3).
+    The bias puts the initial sigmoid of every class near ``1 / classes``: -log(classes - 1) (B-cos v2).
 
     Raises:
         ValueError: a temperature of zero.

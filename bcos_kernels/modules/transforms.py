@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class AddInverse(nn.Module):
-    """``[..., C, H, W]`` in [0, 1] to ``[..., 2C, H, W]``: the image and one minus it (B-cos Networks, section 4.1).
+    """``[..., C, H, W]`` in [0, 1] to ``[..., 2C, H, W]``: the image and one minus it (B-cos Networks).
 
     With both, a colour and its opposite have input vectors of the same brightness, and black is no zero vector.
 
