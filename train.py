@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
+import json
 from pathlib import Path
 from typing import Any
 
-from models import experiments
+from models import experiments, recipe_io
 from models.errors import UserError
+from models.recipes import Experiment
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -40,6 +41,15 @@ def get_parser() -> argparse.ArgumentParser:
     changes.add_argument("--max_epochs", type=_positive, help="train this many epochs")
     changes.add_argument("--batch_size", type=_positive, help="images a step, on each device")
     changes.add_argument("--num_workers", type=_not_negative, help="processes that load images")
+    changes.add_argument(
+        "--set",
+        dest="changes",
+        metavar="FIELD=VALUE",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="any field of what --print_config shows, such as optimiser.lr=3e-4",
+    )
 
     how = parser.add_argument_group("how to run")
     how.add_argument("--distributed", action="store_true", help="train on several devices, one process for each")
@@ -90,8 +100,7 @@ def main(argv: list[str] | None = None) -> Path | None:
     if args.list:
         print(experiments.table())
         return None
-    _check(args)
-    experiment = _experiment(args)
+    experiment = chosen_experiment(args)
     if args.print_config:
         print(_yaml(experiment), end="")
         return None
@@ -126,25 +135,27 @@ def main(argv: list[str] | None = None) -> Path | None:
         raise
 
 
-def _experiment(args: argparse.Namespace) -> experiments.Experiment:
+def chosen_experiment(args: argparse.Namespace) -> Experiment:
+    """The experiment that the options ask for, with their changes of its recipe.
+
+    Raises:
+        models.errors.UserError: options that do not fit.
+    """
+    _check(args)
     experiment = experiments.find(args.dataset, args.base_network, args.experiment_name)
-    data: dict[str, Any] = {
-        key: getattr(args, key) for key in ("batch_size", "num_workers") if getattr(args, key) is not None
-    }
-    trainer: dict[str, Any] = {} if args.max_epochs is None else {"max_epochs": args.max_epochs}
-    return dataclasses.replace(
-        experiment,
-        data=dataclasses.replace(experiment.data, **data),
-        trainer=dataclasses.replace(experiment.trainer, **trainer),
-    )
+    named = {"trainer.max_epochs": args.max_epochs, "data.batch_size": args.batch_size}
+    named["data.num_workers"] = args.num_workers
+    changes = [f"{field}={value}" for field, value in named.items() if value is not None]
+    return recipe_io.override(experiment, changes + args.changes)
 
 
-def _yaml(experiment: experiments.Experiment) -> str:
+def _yaml(experiment: Experiment) -> str:
     try:
         import yaml
     except ImportError as error:
         raise UserError("--print_config needs PyYAML: pip install pyyaml.") from error
-    text: str = yaml.safe_dump(experiment.to_dict(), sort_keys=False)
+    plain = json.loads(json.dumps(experiment.to_dict()))  # tuples are no YAML
+    text: str = yaml.safe_dump(plain, sort_keys=False)
     return text
 
 
@@ -169,7 +180,7 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError("--explanation_logging_every_n_epochs needs --explanation_logging.")
 
 
-def _logger_makers(args: argparse.Namespace, experiment: experiments.Experiment) -> list[Any]:
+def _logger_makers(args: argparse.Namespace, experiment: Experiment) -> list[Any]:
     from training import loggers
 
     makers: list[Any] = []

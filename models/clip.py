@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bcos_kernels.modules import norm_relu, norm_relu_conv
+
 EXPANSION = 4
 
 
@@ -65,6 +67,8 @@ class ClipResNet(nn.Module):
 
 
 class Bottleneck(nn.Module):
+    """A residual block; `norm_relu` and `norm_relu_conv` fuse its layers where they are B-cos layers (`bcosify`)."""
+
     def __init__(self, channels: int, planes: int, stride: int) -> None:
         super().__init__()
         out = planes * EXPANSION
@@ -89,10 +93,9 @@ class Bottleneck(nn.Module):
                 self.downsample.add_module(name, layer)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.relu1(self.bn1(self.conv1(x)))
-        out = self.relu2(self.bn2(self.conv2(out)))
-        out = self.bn3(self.conv3(self.avgpool(out)))
-        return self.relu3(out + (x if self.downsample is None else self.downsample(x)))
+        out = norm_relu_conv(self.bn1, self.relu1, self.conv2, self.conv1(x))
+        out = self.conv3(self.avgpool(norm_relu(self.bn2, self.relu2, out)))
+        return norm_relu(self.bn3, self.relu3, out, x if self.downsample is None else self.downsample(x))
 
 
 class AttentionPool(nn.Module):

@@ -1,7 +1,8 @@
-"""Builds the conventional networks, with random or with torchvision's pretrained weights."""
+"""Builds the conventional networks, with random or with published weights."""
 
 from __future__ import annotations
 
+import re
 import urllib.error
 from pathlib import Path
 
@@ -10,40 +11,70 @@ import torchvision.models
 from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
-from models.errors import CheckpointError
-from models.experiments import ModelRecipe
+from models import open_clip_files
+from models.checkpoints import load_weights
+from models.clip import ClipResNet, clip_resnet50
+from models.errors import CheckpointError, UnknownNameError
+from models.recipes import ModelRecipe
 from models.vit import SIZES, SimpleViT, simple_vit
 
 _SMALL_WIDTH = 32
+_SMALL_CLIP = re.compile(r"clip_resnet10_w(?P<width>[1-9]\d{0,2})")
 
 
 def build(architecture: str, num_classes: int) -> nn.Module:
-    """A conventional network with random weights: a torchvision ResNet or DenseNet, or a simple ViT.
+    """A conventional network with random weights.
 
     Args:
-        architecture: a torchvision name; one of `models.vit.SIZES`; or "resnet10", "resnet10_w{width}": one basic block
-            in each of the four stages, for small images (see `_small_resnet`).
+        architecture: a torchvision name; one of `models.vit.SIZES`; "resnet10", "resnet10_w{width}": one basic block in
+            each of the four stages, for small images (see `_small_resnet`); "clip_resnet50", CLIP's image encoder, or
+            "clip_resnet10_w{width}": the same with one bottleneck in each stage, for 64 x 64 images.
+        num_classes: of no meaning to CLIP's encoders, which give embeddings.
+
+    Raises:
+        models.errors.UnknownNameError: none of these.
     """
     if architecture in SIZES:
         return simple_vit(architecture, num_classes)
+    if architecture == "clip_resnet50":
+        return clip_resnet50()
+    if (small := _SMALL_CLIP.fullmatch(architecture)) is not None:
+        width = int(small["width"])
+        return ClipResNet((1, 1, 1, 1), output_dim=16 * width, heads=width // 2, resolution=64, width=width)
     if architecture.startswith("resnet10_w"):
         return _small_resnet(int(architecture.removeprefix("resnet10_w")), num_classes)
     if architecture == "resnet10":
         return _small_resnet(_SMALL_WIDTH, num_classes)
+    if architecture not in torchvision.models.list_models(module=torchvision.models):
+        raise UnknownNameError(f"Unknown architecture '{architecture}'.")
     return torchvision.models.get_model(architecture, weights=None, num_classes=num_classes)
 
 
 def load_pretrained(recipe: ModelRecipe, num_classes: int) -> nn.Module:
-    """The conventional network with torchvision's weights; a classifier of another size starts at random.
+    """The conventional network with published weights; a classifier of another size starts at random.
 
     Raises:
-        models.errors.CheckpointError: the file is not in torch's cache and cannot be downloaded, or is damaged.
+        models.errors.CheckpointError: the file is not in its cache and cannot be downloaded, or is damaged.
+        models.errors.UserError: CLIP's weights are asked for, and open_clip is not installed.
     """
     if recipe.pretrained is None:
         raise CheckpointError(f"There are no pretrained weights for '{recipe.architecture}'.")
-    weights = torchvision.models.get_model_weights(recipe.architecture)[recipe.pretrained]
+    if recipe.architecture == "clip_resnet50":
+        model = build(recipe.architecture, num_classes)
+        load_weights(model, open_clip_files.weights("RN50-quickgelu", recipe.pretrained))
+        return model
     try:
-        model: nn.Module = torchvision.models.get_model(recipe.architecture, weights=weights)
+        known = torchvision.models.get_model_weights(recipe.architecture)
+    except ValueError as error:
+        raise CheckpointError(f"There are no pretrained weights for '{recipe.architecture}'.") from error
+    if recipe.pretrained not in known.__members__:
+        raise CheckpointError(
+            f"torchvision has no weights '{recipe.pretrained}' for {recipe.architecture}. Known: "
+            f"{', '.join(known.__members__)}."
+        )
+    weights = known[recipe.pretrained]
+    try:
+        model = torchvision.models.get_model(recipe.architecture, weights=weights)
     except (urllib.error.URLError, OSError, RuntimeError) as error:
         cache = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rsplit("/", 1)[-1]
         raise CheckpointError(
@@ -55,8 +86,11 @@ def load_pretrained(recipe: ModelRecipe, num_classes: int) -> nn.Module:
     return model
 
 
-def classifier_name(model: nn.Module) -> str:
-    """Path of the last linear layer: "fc" in a ResNet, "classifier" in a DenseNet, "linear_head.linear" in a ViT."""
+def classifier_name(model: nn.Module) -> str | None:
+    """Path of the last linear layer: "fc" in a ResNet, "classifier" in a DenseNet, "linear_head.linear" in a ViT; CLIP's
+    encoders have none."""
+    if isinstance(model, ClipResNet):
+        return None
     if isinstance(model, SimpleViT):
         return "linear_head.linear"
     return "fc" if isinstance(model, ResNet) else "classifier"
@@ -65,6 +99,8 @@ def classifier_name(model: nn.Module) -> str:
 def resize_classifier(model: nn.Module, num_classes: int) -> None:
     """Puts a new linear layer with random weights at the end where the number of classes is another one."""
     name = classifier_name(model)
+    if name is None:
+        return
     classifier = model.get_submodule(name)
     assert isinstance(classifier, nn.Linear)
     if classifier.out_features != num_classes:

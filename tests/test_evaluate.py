@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 import evaluate
 from models import load_checkpoint
+from models.checkpoints import find_checkpoint
 from models.errors import CheckpointError, UnknownNameError, UserError
 from tests.tiny_run import TINY, options, train_tiny
 from training.data import IMAGENET_MEAN, IMAGENET_STD, Digits
@@ -73,6 +74,12 @@ def test_weights_from_a_path(base: Path, tmp_path: Path) -> None:
     torch.save(model.state_dict(), path)
     of_path = evaluate.main(options(tmp_path, "standard", "--weights", str(path)))
     assert of_path == evaluate.main(options(base, "standard", "--reload", "last"))
+
+
+def test_right_after_the_conversion_of_given_weights(base: Path, tmp_path: Path) -> None:
+    best, _ = find_checkpoint(base / "Digits" / "standard" / TINY, "best")
+    given = evaluate.main(options(tmp_path, "bcosification", "--init_weights", str(best)))
+    assert given == evaluate.main(options(base, "bcosification"))
 
 
 def test_fewer_than_five_classes() -> None:

@@ -51,11 +51,13 @@ def test_recipe_of_the_readmes_experiments(name: str, architecture: str, weights
         "agc": 0.01,
         "warmup_steps": 0,
         "max_norm": None,
+        "restart_every": None,
     }
     assert dataclasses.asdict(experiment.trainer) == {
         "max_epochs": 90,
         "train_loss": "bce_uniform_off_labels",
         "eval_loss": "bce",
+        "ema": None,
     }
     assert (experiment.seed, experiment.data.batch_size, experiment.data.image_size) == (42, 64, 224)
 
@@ -64,6 +66,13 @@ def test_the_readmes_other_spelling_is_the_same_experiment() -> None:
     one = experiments.find("ImageNet", "bcosification", "resnet18")
     assert one == experiments.find("ImageNet", "bcosification", "resnet_18")
     assert one.directory("experiments") == Path("experiments/ImageNet/bcosification/resnet_18")
+
+
+def test_resnet_18_v1_starts_at_random_as_in_the_public_code() -> None:
+    plain = experiments.find("ImageNet", "bcosification", "resnet_18")
+    random = experiments.find("ImageNet", "bcosification", "resnet_18_V1")
+    model = dataclasses.replace(plain.model, start="random", pretrained=None)
+    assert random == dataclasses.replace(plain, name="resnet_18_V1", model=model)
 
 
 def test_seed_suffix_changes_seed_and_name_only() -> None:
@@ -79,7 +88,7 @@ def test_seed_suffix_changes_seed_and_name_only() -> None:
     [
         (("ImageNet", "bcosification", "resnet_19"), "Did you mean 'resnet_1"),
         (("ImageNet", "bcosification", "densnet_121"), "Did you mean 'densenet_121'"),
-        (("ImageNet", "bcosification", "resnet_18_V1"), "Did you mean 'resnet_1"),
+        (("ImageNet", "bcosification", "resnet_34_V1"), "Did you mean 'resnet_"),
         (("ImageNet", "bcosification", "resnet_18-seed=x"), "must be followed by a number"),
         (("ImageNet", "bcosificaton", "resnet_18"), "Did you mean 'bcosification'"),
         (("Imagenet", "bcosification", "resnet_18"), "Did you mean 'ImageNet'"),

@@ -12,7 +12,7 @@ from torch import nn
 
 from models import experiments
 from training.agc import adaptive_clip_grad_, unit_norm
-from training.losses import bce, bce_uniform_off_labels, cross_entropy, get_loss
+from training.losses import bce, bce_uniform_off_labels, cross_entropy, get_loss, siglip
 from training.mixup import MixUp
 from training.optim import build_optimiser, build_schedule, cosine_factor, warmup_factor
 
@@ -33,6 +33,22 @@ def test_bce_is_the_mean_over_all_entries() -> None:
     soft = [[0.25, 0.25, 1.0, 0.25], [1.0, 0.25, 0.25, 0.25]]
     assert bce(logits, targets).item() == pytest.approx(_mean_bce(logits, hard), rel=1e-12)
     assert bce_uniform_off_labels(logits, targets).item() == pytest.approx(_mean_bce(logits, soft), rel=1e-12)
+
+
+def test_siglip_is_that_of_open_clip() -> None:
+    from open_clip.loss import SigLipLoss
+
+    torch.manual_seed(0)
+    embeddings, targets = (torch.randn(5, 7, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    unit = [torch.nn.functional.normalize(t, dim=1) for t in (embeddings, targets)]
+    scale, bias = torch.tensor(10.0, dtype=torch.float64), torch.tensor(-10.0, dtype=torch.float64)
+    expected = SigLipLoss()(*unit, scale, bias)
+    assert siglip(embeddings, targets).item() == pytest.approx(expected.item(), rel=1e-12)
+    ours, theirs = (torch.autograd.grad(loss, embeddings)[0] for loss in (siglip(embeddings, targets), expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+    assert get_loss("siglip") is siglip
+    with pytest.raises(ValueError, match=r"must be \[N, E\] both, got shapes \(5, 7\) and \(5,\)"):
+        siglip(embeddings, torch.zeros(5))
 
 
 def test_soft_targets_are_shares_of_every_class() -> None:
@@ -132,6 +148,18 @@ def test_warmup_is_a_line_and_then_a_cosine() -> None:
     assert [warmup_factor(move, 110, 10) for move in (60, 110, 200)] == pytest.approx([0.5, 0.0, 0.0], abs=1e-12)
     assert [warmup_factor(move, 7, 0) for move in range(9)] == [cosine_factor(move, 7) for move in range(9)]
     assert warmup_factor(4, 4, 10) == pytest.approx(0.01 + 0.99 * 0.4)  # shorter than its warm-up
+
+
+def test_restarts_agree_with_torchs_schedule() -> None:
+    parameter = nn.Parameter(torch.zeros(1))
+    ours, theirs = (torch.optim.Adam([parameter], lr=1e-3) for _ in range(2))
+    schedule = build_schedule(ours, 90, restart_every=10)
+    reference = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(theirs, T_0=10)
+    for _ in range(25):
+        assert ours.param_groups[0]["lr"] == pytest.approx(theirs.param_groups[0]["lr"], rel=1e-9, abs=1e-15)
+        for optimiser, step in ((ours, schedule), (theirs, reference)):
+            optimiser.step()
+            step.step()
 
 
 def test_warmup_agrees_with_torchs_schedules() -> None:

@@ -14,6 +14,9 @@ import torch
 import torchvision
 from torchvision.transforms.functional import to_pil_image
 
+from models.standard import build
+from models.table import table
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
@@ -34,8 +37,16 @@ def test_commands_are_known() -> None:
     assert all(f"\n{c.split()[1]}:" in makefile for c in others if c.startswith("make"))
 
 
+def test_table_of_networks() -> None:
+    """What `python -m models.table` prints."""
+    assert table() in README
+
+
 @pytest.mark.parametrize("code", blocks("python"), ids=lambda c: c.splitlines()[0])
-def test_python(code: str) -> None:
+def test_python(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a folder to write into, which torch.hub takes for the repository."""
+    (tmp_path / "hubconf.py").symlink_to(ROOT / "hubconf.py")
+    monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {})
 
 
@@ -52,6 +63,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 image.save(root / "imagenet" / part / name / f"{i}.jpeg")
     for name in ("resnet18", "resnet50"):
         torch.save(getattr(torchvision.models, name)().state_dict(), root / f"{name}.pth")
+    torch.save(build("clip_resnet10_w8", 0).state_dict(), root / "clip.pth")
+    torch.save(torch.randn(128, 3, generator=rng), root / "texts.pt")
+    to_pil_image(torch.rand(3, 32, 32, generator=rng)).save(root / "digit.png")
     return root
 
 
@@ -59,19 +73,32 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("command", PROGRAMS, ids=lambda c: c.split(maxsplit=1)[1])
 def test_command(command: str, folder: Path) -> None:
     """In order: later commands use what earlier ones wrote. Options that make it small are added behind the command's own."""
-    _, program, *options = shlex.split(command)
+    written = {name: str(folder / name) for name in ("digit.png", "digits.safetensors", "explanations")}
+    _, program, *options = [written.get(word, word) for word in shlex.split(command)]
+    trains = program in ("train.py", "run_with_submitit.py")
+    clip = "clip_bcosification" in options
     more: list[str] = []
     if "--list" not in options:
-        more += ["--base_directory", str(folder / "experiments"), "--num_workers", "0"]
+        more += ["--base_directory", str(folder / "experiments")]
+        if trains or program == "evaluate.py":
+            more += ["--num_workers", "0"]
         if "ImageNet" in options:  # which insists on 1,000 classes
             more += ["--dataset", "ImageFolder"]
         else:
             more += ["--experiment_name", "resnet_10_w8"]
-    if more and program == "train.py":
+    if clip:
+        more += ["--experiment_name", "resnet_50_clip_b2_noBias_randomResizedCrop_sigLip_ImageFolder_bcosification"]
+    if program == "run_with_submitit.py":
+        more += ["--gpus", "1", "--cluster", "debug"]
+    if "zeroshot" in options:
+        more += ["--zeroshot_weights", str(folder / "texts.pt")]
+    if more and trains:
         more += ["--max_epochs", "1", "--batch_size", "4" if "ImageNet" in options else "64", "--refresh_rate", "0"]
         if "ImageNet" in options:
-            weights = "resnet50.pth" if "resnet_50" in options else "resnet18.pth"
+            weights = "clip.pth" if clip else "resnet50.pth" if "resnet_50" in options else "resnet18.pth"
             more += ["--init_weights", str(folder / weights)]
+        if clip:
+            more += ["--set", "model.architecture=clip_resnet10_w8", "data.image_size=64"]
     environment = {**os.environ, "IMAGENET_PATH": str(folder / "imagenet"), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [sys.executable, program, *options, *more],

@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import os
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -183,6 +186,7 @@ def test_recipe_of_the_conventional_networks() -> None:
         "agc": None,
         "warmup_steps": 10_000,
         "max_norm": 1.0,
+        "restart_every": None,
     }
     assert experiment.trainer == TrainerRecipe(90, "cross_entropy", "cross_entropy")
 
@@ -323,6 +327,32 @@ def test_recipes_recorded_before_there_were_vits_are_the_same(tmp_path: Path, ch
     check_same_recipe(vit, tmp_path / "config.json")
 
 
+@pytest.mark.slow
+def test_two_processes(folder: Path, tmp_path: Path) -> None:
+    """The same step as one process with all images; without mixup, which draws for each process."""
+    named = ["--dataset", "ImageFolder", "--base_network", NETWORK, "--experiment_name", TINY]
+    paths = ["--data_path", str(folder), "--num_workers", "0", "--max_epochs", "1", "--refresh_rate", "0"]
+    losses = []
+    for count in (1, 2):
+        base = tmp_path / str(count)
+        changes = ["--set", "data.image_size=32", "data.mixup=none", f"data.batch_size={4 // count}"]
+        devices = ["--distributed", "--devices", "2"] if count == 2 else []
+        done = subprocess.run(
+            [sys.executable, "train.py", *named, *paths, "--base_directory", str(base), *devices, *changes],
+            cwd=Path(train.__file__).parent,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        directory = experiments.find("ImageFolder", NETWORK, TINY).directory(base)
+        header, row = (directory / "metrics.csv").read_text().splitlines()
+        losses.append(dict(zip(header.split(","), row.split(","), strict=True)))
+    for loss in ("train_loss", "val_loss"):
+        assert float(losses[1][loss]) == pytest.approx(float(losses[0][loss]), rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("base_network", "name"),
     [(NETWORK, TINY), ("standard", "simple_vit_ti_patch16_224")],
@@ -350,3 +380,14 @@ def test_one_step(folder: Path, tmp_path: Path, base_network: str, name: str) ->
     assert result["images"] == 4
     loaded = load_checkpoint("ImageFolder", base_network, name, base_directory=tmp_path / "out", num_classes=2)
     assert loaded.state_dict().keys() == model.state_dict().keys()
+
+
+def test_evaluation_right_after_conversion(folder: Path, tmp_path: Path) -> None:
+    """Of an experiment that starts from a file."""
+    options = ["--dataset", "ImageFolder", "--base_network", NETWORK, "--experiment_name", TINY.replace("_random", "")]
+    options += ["--base_directory", str(tmp_path), "--data_path", str(folder)]
+    options += ["--num_workers", "0", "--batch_size", "2"]
+    with pytest.raises(UserError, match=r"evaluate\.py with --init_weights PATH"):
+        evaluate.main(options)
+    torch.save(build("simple_vit_ti_patch16_224", 2).state_dict(), tmp_path / "standard.pth")
+    assert evaluate.main([*options, "--init_weights", str(tmp_path / "standard.pth")])["images"] == 4

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torchvision.utils import make_grid, save_image
 
 import bcos_kernels as bk
-from models.checkpoints import LAST, epoch_checkpoints, epoch_filename
-from training.checkpoint_io import link_atomically, replace_atomically
+from models.atomic import link_atomically, replace_atomically
+from models.checkpoints import ACCURACY, EMA, LAST, LOSS, epoch_checkpoints, epoch_filename
 
 METRICS = "metrics.csv"
 COLUMNS = ["epoch", "train_loss", "train_acc1", "val_loss", "val_acc1"]
@@ -60,7 +60,9 @@ class MetricsFile(Callback):
 class KeepCheckpoints(Checkpoint):
     """After every epoch: `epoch=N-val_acc1=X.ckpt`, `last.ckpt` as a second name of it, and only the best few kept.
 
-    What is kept is decided by the names in the folder alone, so it does not matter where an earlier run was killed.
+    The name says `val_loss` where there is no accuracy, and likewise what the moving average of the weights reaches where
+    there is one; the best few of both stay. What is kept is decided by the names in the folder alone, so it does not
+    matter where an earlier run was killed.
 
     Args:
         directory: of the experiment.
@@ -75,12 +77,16 @@ class KeepCheckpoints(Checkpoint):
         """Called by Lightning after validation and after all other callbacks."""
         if _is_dev_run(trainer):
             return
-        path = self.directory / epoch_filename(trainer.current_epoch, float(trainer.callback_metrics["val_acc1"]))
+        metrics = trainer.callback_metrics
+        measure = ACCURACY if ACCURACY in metrics else LOSS
+        scores = {name: float(metrics[name]) for name in (measure, measure + EMA) if name in metrics}
+        path = self.directory / epoch_filename(trainer.current_epoch, scores)
         trainer.save_checkpoint(path, weights_only=False)
         if not trainer.is_global_zero:
             return
         link_atomically(path, self.directory / LAST)
-        for checkpoint in epoch_checkpoints(self.directory)[self.keep :]:
+        plain, averaged = epoch_checkpoints(self.directory), epoch_checkpoints(self.directory, ema=True)
+        for checkpoint in set(plain + averaged) - set(plain[: self.keep] + averaged[: self.keep]):
             checkpoint.path.unlink()
 
 

@@ -6,6 +6,8 @@ Where the files are looked for:
 - `ImageNet`: `IMAGENET_PATH`, a folder with `train/` and `val/`, in each a folder for every class.
 - `ImageFolder`: any folder of the same layout: `DATA_ROOT`, or `IMAGENET_PATH` where `DATA_ROOT` is not set.
 - `CIFAR10`: `DATA_ROOT`, the folder that holds `cifar-10-batches-py`.
+- `CC3M`: `CC3M_PATH`, a folder with `training/` and `validation/`, in each the tar files that img2dataset writes. Only the
+  images are read: nothing here learns from captions.
 
 A path given to the data module (`--data_path`) comes before the environment variables.
 """
@@ -31,7 +33,8 @@ from torchvision.transforms import v2
 
 import bcos_kernels as bk
 from models.errors import UserError
-from models.experiments import DataRecipe
+from models.recipes import DataRecipe
+from training.tar_images import TarImages
 
 Sample = tuple[Tensor, int]
 Transform = Callable[[Image.Image | Tensor], Tensor]
@@ -61,6 +64,7 @@ class Digits(Dataset[Sample]):
     """
 
     classes: ClassVar[list[str]] = [str(digit) for digit in range(10)]
+    side: ClassVar[int] = 32
 
     def __init__(self, train: bool, transform: Transform | None = None) -> None:
         from sklearn.datasets import load_digits
@@ -70,7 +74,7 @@ class Digits(Dataset[Sample]):
         parts = train_test_split(np.arange(len(digits.target)), test_size=360, stratify=digits.target, random_state=0)
         indices = parts[0] if train else parts[1]
         paper = 1 - torch.from_numpy(digits.images[indices]).to(torch.float32)[:, None] / 16.0  # they count ink
-        large = F.interpolate(paper, size=(32, 32), mode="bilinear", align_corners=False)
+        large = F.interpolate(paper, size=(self.side, self.side), mode="bilinear", align_corners=False)
         self.images = large.expand(-1, 3, -1, -1).contiguous()
         self.targets = torch.from_numpy(digits.target[indices]).to(torch.int64)
         self.transform = transform
@@ -87,9 +91,11 @@ def train_transform(recipe: DataRecipe) -> Transform:
     """Augmentation, then the form that the network expects (see `DataRecipe.six_channels`)."""
     size = recipe.image_size
     steps: list[nn.Module]
+    if recipe.dataset == "Digits" and recipe.rand_augment is not None:
+        raise DataError("data.rand_augment: it is made for photographs, not for Digits; leave it at none.")
     if recipe.dataset == "Digits":
         moved = {"degrees": 10, "translate": (0.06, 0.06), "fill": 1.0}
-        steps = [v2.RandomAffine(**moved, interpolation=v2.InterpolationMode.BILINEAR)]
+        steps = [v2.RandomAffine(**moved, interpolation=v2.InterpolationMode.BILINEAR), *_enlarge(recipe)]
     elif recipe.dataset == "CIFAR10":
         steps = [v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip(), *_rand_augment(recipe)]
         steps += [_resize(size), *_to_tensor()]
@@ -100,15 +106,17 @@ def train_transform(recipe: DataRecipe) -> Transform:
 
 
 def eval_transform(recipe: DataRecipe) -> Transform:
-    """The whole image (Digits, CIFAR10) or its centre (ImageNet, ImageFolder), in the form that the network expects."""
+    """The whole image (Digits, CIFAR10) or its centre (the others), in the form that the network expects."""
     size = recipe.image_size
+    shorter = size if recipe.clip_crop else round(size * _RESIZE_RATIO)
+    bicubic = recipe.clip_crop
     steps: list[nn.Module]
     if recipe.dataset == "Digits":
-        steps = []
+        steps = _enlarge(recipe, bicubic)
     elif recipe.dataset == "CIFAR10":
-        steps = [_resize(size), *_to_tensor()]
+        steps = [_resize(size, bicubic), *_to_tensor()]
     else:
-        steps = [_resize(round(size * _RESIZE_RATIO)), v2.CenterCrop(size), *_to_tensor()]
+        steps = [_resize(shorter, bicubic), v2.CenterCrop(size), *_to_tensor()]
     return _compose([*steps, _network_input(recipe)])
 
 
@@ -202,6 +210,11 @@ class DataModule(pl.LightningDataModule):
         assert self._val is not None, "setup() comes first"
         return self._loader(self._val)
 
+    def probe_dataloader(self) -> DataLoader[Sample]:
+        """All training images, in order, as the validation images are: neither shuffled nor augmented."""
+        images, _ = _open(self.recipe, True, self.data_path, eval_transform(self.recipe))
+        return self._loader(images)
+
     def _loader(
         self, dataset: Dataset[Sample], sampler: EpochSampler | None = None, drop_last: bool = False
     ) -> DataLoader[Sample]:
@@ -232,9 +245,11 @@ def _open(
                 f"CIFAR10('{root}', download=True)\""
             ) from error
         return cifar, list(cifar.classes)
+    if recipe.dataset == "CC3M":
+        return TarImages(root / ("training" if train else "validation"), transform), []
     folder = root / ("train" if train else "val")
     _check_class_folders(folder)
-    images = ImageFolder(str(folder), transform=transform, loader=_read_image)
+    images = ImageFolder(str(folder), transform=transform, loader=read_image)
     if recipe.dataset == "ImageNet" and len(images.classes) != 1000:
         raise DataError(
             f"ImageNet has 1000 class folders, {folder} has {len(images.classes)}. For other images: --dataset "
@@ -244,7 +259,9 @@ def _open(
 
 
 def _root(dataset: str, data_path: str | Path | None) -> Path:
-    variables = {"ImageNet": ["IMAGENET_PATH"], "CIFAR10": ["DATA_ROOT"]}.get(dataset, ["DATA_ROOT", "IMAGENET_PATH"])
+    variables = {"ImageNet": ["IMAGENET_PATH"], "CIFAR10": ["DATA_ROOT"], "CC3M": ["CC3M_PATH"]}.get(
+        dataset, ["DATA_ROOT", "IMAGENET_PATH"]
+    )
     source = "--data_path"
     if data_path is None:
         source = next((name for name in variables if os.environ.get(name)), "")
@@ -274,12 +291,17 @@ def _check_class_folders(folder: Path) -> None:
             raise DataError(f"The class folder {path} holds no image ({', '.join(IMG_EXTENSIONS)}).")
 
 
-def _read_image(path: str) -> Image.Image:
+def read_image(path: str) -> Image.Image:
+    """An image file, in RGB.
+
+    Raises:
+        DataError: it is missing or cannot be read; the message names it.
+    """
     try:
         with open(path, "rb") as file:
             return Image.open(file).convert("RGB")
     # PIL reports damage as OSError, but for some formats as SyntaxError or ValueError.
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"The image file {path} cannot be read: {error}") from error
 
 
@@ -289,8 +311,13 @@ def _rand_augment(recipe: DataRecipe) -> list[nn.Module]:
     return [v2.RandAugment(magnitude=recipe.rand_augment, interpolation=v2.InterpolationMode.BILINEAR)]
 
 
-def _resize(size: int) -> nn.Module:
-    return v2.Resize(size, interpolation=v2.InterpolationMode.BILINEAR, antialias=True)
+def _resize(size: int, bicubic: bool = False) -> nn.Module:
+    interpolation = v2.InterpolationMode.BICUBIC if bicubic else v2.InterpolationMode.BILINEAR
+    return v2.Resize(size, interpolation=interpolation, antialias=True)
+
+
+def _enlarge(recipe: DataRecipe, bicubic: bool = False) -> list[nn.Module]:
+    return [] if recipe.image_size == Digits.side else [_resize(recipe.image_size, bicubic)]
 
 
 def _to_tensor() -> list[nn.Module]:

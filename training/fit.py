@@ -16,19 +16,25 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from models.checkpoints import CONFIG, LAST, epoch_checkpoints, read_checkpoint
+import bcos_kernels as bk
+from models.atomic import remove_temporary, replace_atomically
+from models.checkpoints import ACCURACY, CONFIG, EMA, LAST, LOSS, epoch_checkpoints, read_run
 from models.errors import CheckpointError, UserError
-from models.experiments import Experiment
-from models.factory import finish, starting_network
+from models.factory import conventional_network, finish
+from models.recipe_io import defaults
+from models.recipes import Experiment
 from models.standard import build
 from training.callbacks import METRICS, ExplanationLogger, KeepCheckpoints, MetricsFile
-from training.checkpoint_io import AtomicCheckpointIO, remove_temporary, replace_atomically
+from training.checkpoint_io import AtomicCheckpointIO
 from training.data import DataModule
-from training.module import Classifier
+from training.ema import MovingAverage
+from training.exponent import MEAN_EXPONENT, VariableExponent
+from training.module import Classifier, Distillation, Trained
 
 # What may differ between a run and the one that it resumes: it does not change what an epoch computes.
 _MAY_CHANGE = {"trainer.max_epochs", "data.num_workers"}
@@ -92,7 +98,9 @@ def fit(experiment: Experiment, options: FitOptions) -> Path:
         _set_aside(directory)
     data = DataModule(experiment.data, experiment.seed, options.data_path)
     data.setup("fit")
-    classes = experiment.model.num_classes or data.num_classes
+    classes = data.num_classes if experiment.model.num_classes is None else experiment.model.num_classes
+    if classes not in (0, data.num_classes):
+        raise UserError(f"model.num_classes is {classes}, but {experiment.dataset} has {data.num_classes} classes.")
     experiment = dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, num_classes=classes))
 
     last = find_resumable(directory) if options.resume and not options.fast_dev_run else None
@@ -109,14 +117,22 @@ def fit(experiment: Experiment, options: FitOptions) -> Path:
 
     pl.seed_everything(experiment.seed, workers=True, verbose=False)
     if last is not None:  # the checkpoint holds the weights
-        model = finish(build(experiment.model.architecture, classes), experiment.model)
+        conventional = build(experiment.model.architecture, classes)
     else:
-        model = starting_network(experiment, classes, options.base_directory, options.init_weights)
+        conventional = conventional_network(experiment, classes, options.base_directory, options.init_weights)
+    model = finish(conventional, experiment.model)
+    teacher = conventional if experiment.distils else None
+    del conventional  # the other networks do not need its memory
     if options.compile:
         model.compile()
     if not options.fast_dev_run:
         _prepare(directory, experiment)
-    module = Classifier(model, experiment, classes, options.track_grad_norm)
+    module: Trained
+    if teacher is not None:
+        assert isinstance(model, bk.BcosNetwork)
+        module = Distillation(model, teacher, experiment, options.track_grad_norm)
+    else:
+        module = Classifier(model, experiment, classes, options.track_grad_norm)
     with _quiet():
         trainer = _trainer(experiment, options, directory)
         trainer.fit(module, data, ckpt_path=None if last is None else str(last.path), weights_only=True)
@@ -143,8 +159,8 @@ def find_resumable(directory: Path) -> Resumable | None:
         if last is not None and not any(c.path == path and c.epoch > last.epoch for c in found):
             break
         try:
-            content = read_checkpoint(path)
-            epoch = content["epoch"]
+            content = read_run(path)
+            epoch, _ = content["epoch"], content["optimizer_states"]
         except CheckpointError as error:
             damage = error
             warnings.warn(f"{error} It is passed over.", stacklevel=2)
@@ -171,8 +187,8 @@ def check_same_recipe(experiment: Experiment, config: Path) -> None:
         return
     recorded = _flat(json.loads(config.read_text()))
     current = _flat(json.loads(json.dumps(experiment.to_dict())))
-    # What the recipe has gained since it was recorded is empty in all recipes of that time.
-    recorded |= {key: value for key, value in current.items() if key not in recorded and not value}
+    # What the recipe has gained since it was recorded had its default then.
+    recorded = json.loads(json.dumps(defaults())) | recorded
     differing = [
         f"{key}: {recorded.get(key)} then, {current.get(key)} now"
         for key in sorted(recorded.keys() | current.keys())
@@ -190,6 +206,8 @@ def _check_options(experiment: Experiment, options: FitOptions) -> None:
         raise UserError(
             f"--explanation_logging needs a B-cos network; base_network '{experiment.base_network}' is conventional."
         )
+    if not experiment.distils and experiment.model.num_classes == 0:
+        raise UserError(f"'{experiment.name}' gives embeddings; trainer.train_loss and eval_loss must be siglip.")
     if options.distributed and options.devices is None and not torch.cuda.is_available():
         raise UserError("--distributed found no GPU. Give --devices N to train with N processes on the CPU.")
     if not options.distributed and (options.num_nodes > 1 or (options.devices or 1) > 1):
@@ -228,11 +246,21 @@ def _say(text: str) -> None:
 
 
 def _trainer(experiment: Experiment, options: FitOptions, directory: Path) -> pl.Trainer:
+    extra = ["grad_norm"] if options.track_grad_norm else []
+    if experiment.model.variable_b:
+        extra.append(MEAN_EXPONENT)
+    decay = experiment.trainer.ema
+    if decay is not None:
+        extra += [LOSS + EMA, ACCURACY + EMA]
     callbacks: list[Callback] = [
-        MetricsFile(directory, ["grad_norm"] if options.track_grad_norm else None),
+        MetricsFile(directory, extra),
         KeepCheckpoints(directory),
         TQDMProgressBar(refresh_rate=_refresh_rate() if options.refresh_rate is None else options.refresh_rate),
     ]
+    if experiment.model.variable_b:
+        callbacks.append(VariableExponent(experiment.model))
+    if decay is not None:
+        callbacks.append(MovingAverage(decay))
     if options.explain_every is not None:
         callbacks.append(ExplanationLogger(directory, options.explain_every))
     loggers: list[Logger] = [make(directory) for make in options.make_loggers]
@@ -250,7 +278,7 @@ def _trainer(experiment: Experiment, options: FitOptions, directory: Path) -> pl
         precision=precision,
         logger=loggers or False,
         callbacks=callbacks,
-        plugins=[AtomicCheckpointIO()],
+        plugins=_plugins(),
         max_epochs=experiment.trainer.max_epochs,
         fast_dev_run=options.fast_dev_run,
         num_sanity_val_steps=0,
@@ -258,6 +286,13 @@ def _trainer(experiment: Experiment, options: FitOptions, directory: Path) -> pl
         enable_model_summary=False,
         default_root_dir=directory,
     )
+
+
+def _plugins() -> list[Any]:
+    plugins: list[Any] = [AtomicCheckpointIO()]
+    if "SUBMITIT_EXECUTOR" in os.environ and SLURMEnvironment.detect():
+        plugins.append(SLURMEnvironment(auto_requeue=False))  # submitit does
+    return plugins
 
 
 def _refresh_rate() -> int:
@@ -276,6 +311,8 @@ def _quiet() -> Iterator[None]:
             # Digits are in memory: worker processes would only cost time.
             warnings.filterwarnings("ignore", message=".*does not have many workers.*")
             warnings.filterwarnings("ignore", message=".*is smaller than the logging interval.*")
+            # The teacher of a distillation stays in evaluation mode.
+            warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")
             # Lightning 2.6 calls what torch 2.12 deprecated.
             warnings.filterwarnings("ignore", message=".*LeafSpec.*deprecated.*")
             yield

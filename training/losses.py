@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.experiments import LossName
+from models.recipes import LossName
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+
+# Fixed in B-cosification (arXiv 2411.00715); SigLIP itself starts there and learns them.
+SIGLIP_SCALE, SIGLIP_BIAS = 10.0, -10.0
 
 
 def bce(logits: Tensor, targets: Tensor) -> Tensor:
@@ -40,12 +44,41 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits, targets if targets.ndim == 1 else targets.to(logits.dtype))
 
 
+def siglip(embeddings: Tensor, targets: Tensor) -> Tensor:
+    """Sigmoid loss of all pairs: of the same image, where the cosine should be large, and of two, where it should not.
+
+    `-sum of log sigmoid(+-(SIGLIP_SCALE * cos + SIGLIP_BIAS)) / N`, with + on the diagonal of the `[N, N]` pairs. Each
+    process has the pairs of its own batch.
+
+    Args:
+        embeddings: `[N, E]`, floating, of any length.
+        targets: `[N, E]`, what the embeddings should point to.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        ValueError: other shapes.
+
+    Source: SigLIP (arXiv 2303.15343).
+    """
+    if embeddings.ndim != 2 or embeddings.shape != targets.shape:
+        raise ValueError(
+            f"embeddings and targets must be [N, E] both, got shapes {tuple(embeddings.shape)} and "
+            f"{tuple(targets.shape)}."
+        )
+    cosines = F.normalize(embeddings, dim=1) @ F.normalize(targets, dim=1).T
+    signs = 2.0 * torch.eye(len(cosines), device=cosines.device, dtype=cosines.dtype) - 1.0
+    return -F.logsigmoid(signs * (SIGLIP_SCALE * cosines + SIGLIP_BIAS)).sum() / len(cosines)
+
+
 def get_loss(name: LossName) -> Loss:
     """The loss of this name in a recipe."""
     losses: dict[LossName, Loss] = {
         "bce": bce,
         "bce_uniform_off_labels": bce_uniform_off_labels,
         "cross_entropy": cross_entropy,
+        "siglip": siglip,
     }
     return losses[name]
 

@@ -4,23 +4,38 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from models.experiments import WARMUP_START, OptimiserRecipe
+from models.recipes import WARMUP_START, OptimiserRecipe
 
 
-def build_optimiser(recipe: OptimiserRecipe, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """The recipe's optimiser over these parameters."""
+def build_optimiser(
+    recipe: OptimiserRecipe, parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]]
+) -> torch.optim.Optimizer:
+    """The recipe's optimiser over these parameters, or groups of them."""
     kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[recipe.name]
     return kind(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay)
 
 
-def build_schedule(optimiser: torch.optim.Optimizer, length: int, warmup: int = 0) -> LambdaLR:
-    """Warm-up, then cosine, over `length` moves together (steps or epochs, as the recipe's `interval` says)."""
-    return LambdaLR(optimiser, lambda move: warmup_factor(move, length, warmup))
+def build_schedule(
+    optimiser: torch.optim.Optimizer, length: int, warmup: int = 0, restart_every: int | None = None
+) -> LambdaLR:
+    """Warm-up, then cosine, over `length` moves together (steps or epochs, as the recipe's `interval` says).
+
+    Args:
+        restart_every: after the warm-up, so many moves make up one cosine, and then comes the next.
+    """
+
+    def factor(move: int) -> float:
+        if restart_every is None or move < warmup:
+            return warmup_factor(move, length, warmup)
+        return cosine_factor((move - warmup) % restart_every, restart_every)
+
+    return LambdaLR(optimiser, factor)
 
 
 def warmup_factor(move: int, length: int, warmup: int) -> float:

@@ -1,0 +1,47 @@
+"""Files that are whole or not there at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+_TEMPORARY = ".tmp"
+
+
+def replace_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Calls `write` with a temporary path in the same folder, syncs that to disk and renames it to `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}{_TEMPORARY}")
+    temporary.unlink(missing_ok=True)
+    write(temporary)
+    _sync(temporary)
+    os.replace(temporary, path)
+    _sync(path.parent)
+
+
+def link_atomically(source: Path, path: Path) -> None:
+    """Gives `source` the second name `path`; copies it where the file system has no hard links."""
+
+    def write(temporary: Path) -> None:
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+
+    replace_atomically(path, write)
+
+
+def remove_temporary(directory: Path) -> None:
+    """Deletes what a killed process left half-written in this folder."""
+    for path in directory.glob(f".*{_TEMPORARY}"):
+        path.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
