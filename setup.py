@@ -9,12 +9,14 @@ a second torch only to build against the wrong one. Install torch first.
 
 Environment variables:
     BCOS_NO_EXTENSION=1     build nothing
-    BCOS_REQUIRE_EXTENSION=1  fail where the extension cannot be built, instead of leaving it out
+    BCOS_NO_CUDA=1          leave the CUDA kernels out
+    BCOS_REQUIRE_EXTENSION=1  fail where the extension, or its CUDA part beside an nvcc, cannot be built, instead of
+                            leaving it out
     BCOS_WERROR=1           warnings in our own sources are errors (the Makefile sets this and the one above)
     BCOS_SANITIZE=1         AddressSanitizer and UndefinedBehaviorSanitizer (make sanitize)
     CXX, MAX_JOBS           compiler and parallel jobs
     BCOS_BUILD_DIR          where object files are kept, build/ if not given
-    TORCH_CUDA_ARCH_LIST    as for torch, "9.0a;10.0+PTX"; only where csrc/cuda has sources and nvcc is found
+    TORCH_CUDA_ARCH_LIST    as for torch, "9.0a;10.0+PTX"; the kernels need 8.0 or higher
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 SOURCES = ROOT / "csrc"
 OPERATIONS = "bcos_kernels/_native.so"
-CUDA_ARCHS = "8.0;9.0a;10.0a;12.0+PTX"
+CUDA_ARCHS = "8.0;9.0;10.0;12.0+PTX"
 STANDARD = "-std=c++20"
 
 # tile.cpp is compiled once for each of these, as ATen does with its own kernels.
@@ -70,6 +72,8 @@ class Torch:
         if found is None:
             raise CannotBuildError(f"the version of torch in {self.folder} cannot be read")
         self.version = found.group(1)
+        cuda = re.search(r"^cuda\b.*=\s*['\"](.+?)['\"]", text, re.MULTILINE)
+        self.cuda = cuda.group(1) if cuda else None
 
     @property
     def libraries(self) -> Path:
@@ -98,9 +102,18 @@ def find_ninja() -> str:
     return ninja
 
 
-def find_nvcc() -> str | None:
+def find_nvcc(torch: Torch) -> str | None:
+    """nvcc, where there is one and torch has a use for it."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    return shutil.which("nvcc", path=f"{home}/bin" if home else None)
+    nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else None)
+    if nvcc is None or torch.cuda is None or flag("BCOS_NO_CUDA") or flag("BCOS_SANITIZE"):
+        return None
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    release = re.search(r"release (\d+)", said)
+    if release is None or release.group(1) != torch.cuda.split(".")[0]:
+        version = release.group(1) if release else "unknown"
+        raise CannotBuildError(f"nvcc is of CUDA {version}, and torch is built for CUDA {torch.cuda}")
+    return nvcc
 
 
 def gencode(archs: str) -> list[str]:
@@ -117,16 +130,14 @@ def gencode(archs: str) -> list[str]:
 class Build:
     """Writes build.ninja and runs it."""
 
-    def __init__(self, folder: Path, torch: Torch) -> None:
+    def __init__(self, folder: Path, torch: Torch, nvcc: str | None) -> None:
         self.folder = folder
         self.torch = torch
         self.compiler = find_compiler()
         self.ninja = find_ninja()
         self.on_x86 = platform.machine().lower() in ("x86_64", "amd64") and sys.platform == "linux"
-        cuda_sources = sorted(SOURCES.glob("cuda/*.cu"))
-        self.nvcc = find_nvcc() if cuda_sources and (torch.libraries / "libtorch_cuda.so").exists() else None
-        self.archs = os.environ.get("TORCH_CUDA_ARCH_LIST", CUDA_ARCHS) if self.nvcc else ""
-        self.cuda_sources = cuda_sources if self.nvcc else []
+        self.nvcc = nvcc
+        self.archs = os.environ.get("TORCH_CUDA_ARCH_LIST", CUDA_ARCHS) if nvcc else ""
 
     def flags(self) -> list[str]:
         # -Wno-psabi: GCC's remark that vector arguments were passed differently before 4.6.
@@ -138,8 +149,6 @@ class Build:
             flags.append("-fopenmp")
         if self.on_x86:
             flags.append("-DBCOS_WITH_AVX")
-        if self.nvcc:
-            flags.append("-DBCOS_WITH_CUDA")
         if flag("BCOS_WERROR"):
             flags.append("-Werror")
         if flag("BCOS_SANITIZE"):
@@ -172,10 +181,13 @@ class Build:
 
         operations = self.folder / Path(OPERATIONS).name
         info = self.folder / f"_build_info{sysconfig.get_config_var('EXT_SUFFIX')}"
+        # Not libcuda, the driver: the library loads where there is none, and serves the CPU.
         libraries = ["-ltorch", "-ltorch_cpu", "-lc10"] + (["-ltorch_cuda", "-lc10_cuda"] if self.nvcc else [])
         sanitize = [f for f in flags if f.startswith("-fsanitize")]
         undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
-        link = ["-shared", f"-L{self.torch.libraries}", *libraries, f"-Wl,-rpath,{self.torch.libraries}", *sanitize]
+        linker = [self.nvcc, "-ccbin", self.compiler, "-cudart=shared"] if self.nvcc else [self.compiler]
+        rpath = f"{'-Xlinker=' if self.nvcc else '-Wl,'}-rpath,{self.torch.libraries}"
+        link = ["-shared", f"-L{self.torch.libraries}", *libraries, rpath, *sanitize]
         python = sysconfig.get_path("include")
         lines = [
             f"cxx = {self.compiler}",
@@ -193,7 +205,7 @@ class Build:
             "  depfile = $out.d",
             "  deps = gcc",
             "rule link",
-            "  command = $cxx $in -o $out $link_flags",
+            f"  command = {quoted(linker)} $in -o $out $link_flags",
             "rule link_info",
             "  command = $cxx $in -o $out $info_link_flags",
         ]
@@ -211,12 +223,11 @@ class Build:
         for name in reversed(sets):
             extra = [f"-DCPU_CAPABILITY={name}", f"-DCPU_CAPABILITY_{name}", *sets[name]]
             compile_one(SOURCES / "cpu" / "tile.cpp", f"tile_{name}.o", extra=extra)
-        for source in [SOURCES / "registration.cpp", *sorted(SOURCES.glob("cpu/*.cpp"))]:
-            if source.name != "tile.cpp":
-                compile_one(source, f"{source.stem}.o")
         if self.nvcc:
-            nvcc = [self.nvcc, "-O3", STANDARD, "-Xcompiler=-fPIC", *gencode(self.archs), *self.torch.includes]
-            nvcc += ["-DBCOS_WITH_CUDA", "--Werror=all-warnings"] if flag("BCOS_WERROR") else ["-DBCOS_WITH_CUDA"]
+            host = "-fPIC,-fvisibility=hidden,-Wall,-Wextra,-Wno-psabi"
+            nvcc = [self.nvcc, "-ccbin", self.compiler, "-O3", "-lineinfo", STANDARD, "-DNDEBUG", f"-Xcompiler={host}"]
+            nvcc += [*gencode(self.archs), *self.torch.includes]
+            nvcc += ["--Werror=all-warnings", "-Xcompiler=-Werror"] if flag("BCOS_WERROR") else []
             lines += [
                 f"nvcc = {quoted(nvcc)}",
                 "rule cuda",
@@ -224,8 +235,12 @@ class Build:
                 "  depfile = $out.d",
                 "  deps = gcc",
             ]
-            for source in self.cuda_sources:
-                compile_one(source, f"cuda_{source.stem}.o", "cuda")
+            for source in [*sorted(SOURCES.glob("cuda/*.cu")), *sorted(SOURCES.glob("cuda/*.cpp"))]:
+                compile_one(source, f"cuda_{source.name}.o", "cuda")
+        for source in [*sorted(SOURCES.glob("*.cpp")), *sorted(SOURCES.glob("cpu/*.cpp"))]:
+            if source.name not in ("tile.cpp", "bindings.cpp"):
+                extra = ["-DBCOS_WITH_CUDA"] if self.nvcc and source.stem == "registration" else None
+                compile_one(source, f"{source.parent.name}_{source.stem}.o", extra=extra)
         lines.append(f"build {quoted([str(operations)])}: link {quoted(objects)}")
         compile_one(SOURCES / "bindings.cpp", "bindings.o", "compile_info")
         lines.append(f"build {quoted([str(info)])}: link_info {quoted([objects.pop()])}")
@@ -257,7 +272,7 @@ class BuildNative(build_ext):
             folder = folder.resolve() / f"native-{torch.version}-{sys.implementation.cache_tag}"
             if flag("BCOS_SANITIZE"):
                 folder = folder.with_name(folder.name + "-sanitize")
-            for built in Build(folder, torch).run():
+            for built in self.build(folder, torch):
                 # A new file, not new bytes in the old one: a running process may have that one mapped.
                 fresh = package / f".{built.name}.new"
                 shutil.copy2(built, fresh)
@@ -266,6 +281,18 @@ class BuildNative(build_ext):
             if flag("BCOS_REQUIRE_EXTENSION"):
                 raise SystemExit(f"bcos_kernels: the compiled extension cannot be built: {reason}") from None
             self.warn(f"bcos_kernels is installed without its compiled extension: {reason}")
+
+    def build(self, folder: Path, torch: Torch) -> tuple[Path, Path]:
+        """With the CUDA kernels where that is possible, else for the CPU alone."""
+        try:
+            nvcc = find_nvcc(torch)
+            if nvcc:
+                return Build(folder, torch, nvcc).run()
+        except CannotBuildError as reason:
+            if flag("BCOS_REQUIRE_EXTENSION"):
+                raise
+            self.warn(f"bcos_kernels is installed without its CUDA kernels: {reason}")
+        return Build(folder, torch, None).run()
 
     def get_outputs(self) -> list[str]:
         package = Path(self.get_ext_fullpath("bcos_kernels._native")).parent

@@ -5,12 +5,13 @@ from bcos_kernels.accelerate import Acceleration, accelerate, deaccelerate
 from bcos_kernels.convert import BcosNetwork, bcosify
 from bcos_kernels.dispatch import available_backends, use_backend
 from bcos_kernels.explain import Explanation, explain, explanation_mode
-from bcos_kernels.functional import batch_norm_uncentered2d, bcos_conv2d, bcos_linear
+from bcos_kernels.functional import batch_norm_uncentered2d, bcos_conv2d, bcos_linear, layer_norm
 from bcos_kernels.modules import (
     AddInverse,
     BatchNormUncentered2d,
     BcosConv2d,
     BcosLinear,
+    CosineLogits,
     DetachableGELU,
     DetachableGroupNorm2d,
     DetachableLayerNorm,
@@ -24,6 +25,7 @@ __all__ = [
     "BcosConv2d",
     "BcosLinear",
     "BcosNetwork",
+    "CosineLogits",
     "DetachableGELU",
     "DetachableGroupNorm2d",
     "DetachableLayerNorm",
@@ -39,5 +41,6 @@ __all__ = [
     "deaccelerate",
     "explain",
     "explanation_mode",
+    "layer_norm",
     "use_backend",
 ]

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bcos_kernels.modules.fused import norm_relu, norm_relu_conv
+
 
 class Backbone(nn.Module):
     """The children of ``source``, run in another order."""
@@ -49,7 +51,7 @@ class ResNet(Backbone):
     head = "fc"
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        x = self.maxpool(norm_relu(self.bn1, self.relu, self.conv1(x)))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.avgpool(self.fc(x)).flatten(1)
 
@@ -94,9 +96,9 @@ class ClipResNet(Backbone):
     head = None
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.relu1(self.bn1(self.conv1(x)))
-        x = self.relu2(self.bn2(self.conv2(x)))
-        x = self.relu3(self.bn3(self.conv3(x)))
+        x = norm_relu_conv(self.bn1, self.relu1, self.conv2, self.conv1(x))
+        x = norm_relu_conv(self.bn2, self.relu2, self.conv3, x)
+        x = norm_relu(self.bn3, self.relu3, x)
         x = self.layer4(self.layer3(self.layer2(self.layer1(self.avgpool(x)))))
         return self.attnpool(x)
 

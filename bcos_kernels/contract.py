@@ -5,13 +5,17 @@ A backend is a module with these functions (``dispatch`` finds it by name)::
     unavailable() -> str | None                  # None, or one sentence saying why it cannot be used at all
     why_not(call: Call) -> str | None            # None, or one sentence saying why it cannot run this call
 
-    conv2d(x, weight, bias, options, for_backward) -> Forward
+    conv2d(x, weight, bias, options, for_backward, squares) -> Forward
     conv2d_backward(grad, x, weight, bias, saved, options, needs) -> Gradients
-    linear(x, weight, bias, options, for_backward) -> Forward
+    linear(x, weight, bias, options, for_backward, squares) -> Forward
     linear_backward(grad, x, weight, bias, saved, options, needs) -> Gradients
-    batch_norm_uncentered2d(x, var, weight, bias, eps) -> (z, mean, batch_var)      # the latter two empty if var is given
-    batch_norm_uncentered2d_backward(grad, x, mean, var, weight, eps, batch_stats, detach_var, needs)
-        -> (dx, dweight, dbias)
+    batch_norm_uncentered2d(x, var, weight, bias, residual, options) -> NormForward
+    batch_norm_uncentered2d_backward(grad, x, z, mean, var, weight, bias, options, needs) -> NormGradients
+    layer_norm(x, weight, bias, options) -> LayerNormForward
+    layer_norm_backward(grad, x, mean, rstd, weight, bias, options, needs) -> LayerNormGradients
+
+``squares``, or None: the sum of the squares of ``x``, ``[N, 1, H, W]`` or ``[..., 1]`` in the accumulator's dtype, for a
+single group. A backend need not look at it.
 
 A function may be missing where ``why_not`` refuses its calls.
 """
@@ -99,16 +103,103 @@ class Gradients(NamedTuple):
 
 
 @dataclass(frozen=True)
+class NormOptions:
+    """All that an uncentered batch norm is told besides its tensors.
+
+    A ReLU behind a residual keeps ``z``, whose sign is its mask; without a residual backward finds the mask from ``x``, which
+    it reads anyway. ``squares``: the sums of squares that the next layer's norm is made of are wanted.
+    """
+
+    eps: float
+    relu: bool = False
+    detach_var: bool = False
+    squares: bool = False
+
+
+class NormForward(NamedTuple):
+    """Result of an uncentered batch norm; ``z`` in the dtype of ``x``, the others in the accumulator's.
+
+    What does not apply is an empty tensor.
+    """
+
+    z: Tensor
+    #: ``[C]``; empty where the variance was given
+    mean: Tensor
+    #: ``[C]``; empty where the variance was given
+    var: Tensor
+    #: ``[N, 1, H, W]``, the sum over the channels of the square of ``z`` as it is rounded; only where it is wanted
+    squares: Tensor
+
+
+class NormNeeds(NamedTuple):
+    """Which gradients are wanted. ``residual``: only behind a ReLU; otherwise it is the gradient that came in."""
+
+    x: bool
+    weight: bool
+    bias: bool
+    residual: bool
+
+
+class NormGradients(NamedTuple):
+    """One tensor for every field of :class:`NormNeeds`; empty where it is not wanted."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor
+    residual: Tensor
+
+
+@dataclass(frozen=True)
+class LayerNormOptions:
+    """Of a layer norm over the last ``axes`` axes; ``squares`` are wanted for the next layer's norm (one axis only)."""
+
+    axes: int
+    eps: float
+    detach_var: bool = False
+    squares: bool = False
+
+
+class LayerNormForward(NamedTuple):
+    """Result of a layer norm; ``z`` in the dtype of ``x``, the others in the accumulator's."""
+
+    z: Tensor
+    #: the shape of ``x`` with 1 for every normalised axis, as ``rstd = 1 / sqrt(var + eps)``
+    mean: Tensor
+    rstd: Tensor
+    #: ``[..., 1]``, the sum of the square of ``z`` as it is rounded; empty unless wanted
+    squares: Tensor
+
+
+class LayerNormNeeds(NamedTuple):
+    """Which gradients are wanted."""
+
+    x: bool
+    weight: bool
+    bias: bool
+
+
+class LayerNormGradients(NamedTuple):
+    """One tensor for every field of :class:`LayerNormNeeds`, in any floating dtype; empty where it is not wanted."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor
+
+
+@dataclass(frozen=True)
 class Call:
     """One call of one operation, as the choice of a backend sees it.
 
     ``explicit``: the caller named this backend. Some run where the automatic choice never takes them (an interpreter).
+    ``bias``, ``for_backward``: of a forward pass; the graph compilers need them to say whether they have a kernel.
     """
 
     op: str
     x: Tensor
     weight: Tensor | None = None
     options: Options = field(default_factory=Options)
+    bias: bool = False
+    for_backward: bool = False
     explicit: bool = False
 
 

@@ -6,12 +6,14 @@ be imported.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from bcos_kernels.blocks import fused
 from bcos_kernels.modules import (
     ATTENTIONS,
     AttentionPool2d,
@@ -27,6 +29,7 @@ from bcos_kernels.modules import (
     DetachableLayerNorm2d,
     DetachableSiLU,
     DetachableSqueezeExcitation,
+    FusedSequential,
 )
 
 
@@ -124,6 +127,8 @@ def _attention(attention: nn.Module, recipe: Recipe) -> nn.Module:
     kind = _attention_kind(attention)
     assert kind is not None
     keep = {"keep_positions": recipe.biases} if kind is AttentionPool2d else {}
+    if kind is AttentionPool2d and isinstance(recipe.b, Tensor):
+        recipe = dataclasses.replace(recipe, b=2.0)  # B-cos in name only: there would be nothing to learn from
     new = kind(attention, **keep)
     for name, child in new.named_children():
         if name not in new.plain:
@@ -236,7 +241,7 @@ def convert(module: nn.Module, recipe: Recipe) -> nn.Module:
     if make is None:
         for name, child in module.named_children():
             setattr(module, name, convert(child, recipe))
-        return module
+        return fused(module)
     return make(module, recipe)
 
 
@@ -245,7 +250,8 @@ def renumber(module: nn.Module) -> None:
     for name, child in module.named_children():
         renumber(child)
         if isinstance(child, nn.Sequential):
-            setattr(module, name, nn.Sequential(*child.children()).train(child.training))
+            kind = FusedSequential if isinstance(child, FusedSequential) else nn.Sequential
+            setattr(module, name, kind(*child.children()).train(child.training))
 
 
 def remove_biases(module: nn.Module) -> None:

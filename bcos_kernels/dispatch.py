@@ -6,16 +6,19 @@ import importlib
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from types import ModuleType
 
+import torch
+
+from bcos_kernels import choice
 from bcos_kernels.contract import Call
 
 log = logging.getLogger("bcos_kernels")
 
-#: Modules by backend name, in the order in which the automatic choice tries them.
+#: Modules by backend name, in the order in which the automatic choice tries them where nothing was measured.
 BACKENDS: dict[str, str] = {
     "triton": "bcos_kernels.triton.backend",
+    "cudnn": "bcos_kernels.cudnn",
     "native": "bcos_kernels.native",
     "portable": "bcos_kernels.portable",
 }
@@ -26,6 +29,8 @@ AUTO = "auto"
 
 _active = AUTO
 _logged: set[str] = set()
+#: What was found out about each kind of call: the backends that can be used on this machine, the fastest first.
+_orders: dict[tuple[str, torch.device, torch.dtype, str], tuple[ModuleType, ...]] = {}
 
 
 def names() -> tuple[str, ...]:
@@ -100,26 +105,46 @@ def available_backends() -> dict[str, str | None]:
 def choose(backend: str, call: Call, *, strict: bool = True) -> ModuleType:
     """The module that runs ``call``.
 
-    ``backend`` is a name or ``"auto"``. A named backend that cannot run the call raises, unless not ``strict`` (a backward
-    pass, whose forward pass was already done): then, as with ``"auto"``, the next one that can takes over, which is logged
-    once.
+    ``backend`` is a name or ``"auto"``: the fastest that can run the call, by the measurements in ``choices.json``, and in
+    the order of ``BACKENDS`` where there are none. A named backend that cannot run the call raises, unless not ``strict``
+    (a backward pass, whose forward pass was already done): then, as with ``"auto"``, the next one that can takes over,
+    which is logged once.
 
     Raises:
         RuntimeError: the named backend cannot run the call; the message is the sentence that says why.
     """
     if backend != AUTO:
-        sentence = why_not(backend, replace(call, explicit=True))
+        named = Call(call.op, call.x, call.weight, call.options, call.bias, call.for_backward, explicit=True)
+        sentence = why_not(backend, named)
         if sentence is None:
             return load(backend)
         if strict:
             raise RuntimeError(sentence)
         _log_once(sentence)
-    for name in BACKENDS:
-        sentence = why_not(name, call)
+    x = call.x
+    kind = (call.op, x.device, x.dtype, choice.shape_class(call))
+    if (modules := _orders.get(kind)) is None:
+        modules = _orders[kind] = tuple(_usable(choice.order(*kind, BACKENDS)))
+    for module in modules:
+        sentence = module.why_not(call)
         if sentence is None:
-            return load(name)
+            return module
         _log_once(sentence)
     raise AssertionError("the portable backend runs everything")
+
+
+def _usable(order: list[str]) -> Iterator[ModuleType]:
+    for name in order:
+        sentence = unavailable(name)
+        if sentence is None:
+            yield load(name)
+        else:
+            _log_once(sentence)
+
+
+def forget() -> None:
+    """For tests: what can be used is found out anew."""
+    _orders.clear()
 
 
 def _log_once(sentence: str) -> None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bcos_kernels import dispatch, ops, reference
-from bcos_kernels.contract import Options, conv_output_size
+from bcos_kernels.contract import Options, accumulator, conv_output_size
 
 Pair = int | Sequence[int]
 
@@ -28,6 +28,7 @@ def bcos_conv2d(
     max_out: int = 1,
     normalize_weight: bool = False,
     detach_scale: bool = False,
+    squares: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """B-cos convolution: ``y = |cos(patch, w)|^(B-1) * conv2d(x, w, bias)``.
@@ -47,6 +48,8 @@ def bcos_conv2d(
         max_out: M; output channel o is the largest of rows ``o*M .. o*M+M-1``.
         normalize_weight: use ``w / ||w||`` per output row (B-cos v2) instead of ``w`` (B-cosification).
         detach_scale: explanation mode: the first derivative takes |cos| as a constant, so that ``y`` is linear in ``x``.
+        squares: ``x.square().sum(1, keepdim=True)`` in float32 (float64 for float64), where it is known already; for one
+            group only. It must be that: it saves a pass over ``x`` and changes nothing else, no gradient either.
         backend: one name of :func:`bcos_kernels.available_backends`, ``"auto"``, or None for what ``use_backend`` set.
 
     Returns:
@@ -81,8 +84,12 @@ def bcos_conv2d(
         )
     _check_bias(bias, rows)
     b = check_exponent(b, x)
+    if squares is not None:
+        _check_squares(squares, x, [x.shape[0], 1, *x.shape[2:]])
+        if groups != 1:
+            raise ValueError(f"squares: with groups={groups} there is a norm for each; it is for groups=1")
     kernel_size = (weight.shape[2], weight.shape[3])
-    x, padding = _resolve_padding(x, padding, kernel_size, stride, dilation)
+    x, squares, padding = _resolve_padding(x, squares, padding, kernel_size, stride, dilation)
     size = conv_output_size((x.shape[2], x.shape[3]), kernel_size, stride, padding, dilation)
     if min(size) < 1 or min(kernel_size) < 1:
         raise ValueError(
@@ -107,6 +114,7 @@ def bcos_conv2d(
         max_out,
         normalize_weight,
         detach_scale,
+        squares,
         _for_backward(x, weight, bias, b_tensor),
         backend,
     )[0]
@@ -122,6 +130,7 @@ def bcos_linear(
     max_out: int = 1,
     normalize_weight: bool = False,
     detach_scale: bool = False,
+    squares: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """B-cos linear layer: ``y = |cos(x, w)|^(B-1) * (x @ w.T + bias)``, with ``n = ||x|| + 1e-12`` per row.
@@ -131,6 +140,7 @@ def bcos_linear(
         weight: ``[O*M, C]`` in the dtype of ``x`` (under autocast: any floating dtype).
         bias: ``[O*M]``, added before everything else.
         b, max_out, normalize_weight, detach_scale, backend: as for :func:`bcos_conv2d`.
+        squares: ``x.square().sum(-1, keepdim=True)``, as for :func:`bcos_conv2d`.
 
     Returns:
         ``[..., O]`` in the dtype of ``x`` (under autocast: the autocast dtype).
@@ -149,6 +159,8 @@ def bcos_linear(
         )
     _check_bias(bias, rows)
     b = check_exponent(b, x)
+    if squares is not None:
+        _check_squares(squares, x, [*x.shape[:-1], 1])
     backend = dispatch.requested(backend)
     if backend == dispatch.REFERENCE:
         options = Options(b, max_out=max_out, normalize_weight=normalize_weight, detach_scale=detach_scale)
@@ -163,6 +175,7 @@ def bcos_linear(
         max_out,
         normalize_weight,
         detach_scale,
+        squares,
         _for_backward(x, weight, bias, b_tensor),
         backend,
     )[0]
@@ -176,6 +189,8 @@ def batch_norm_uncentered2d(
     bias: Tensor | None = None,
     *,
     training: bool,
+    residual: Tensor | None = None,
+    relu: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
     detach_var: bool = False,
@@ -183,22 +198,61 @@ def batch_norm_uncentered2d(
 ) -> Tensor:
     """Batch norm that divides by the standard deviation but does not subtract the mean: ``x / sqrt(var + eps) * weight``.
 
+    What usually follows can be done in the same pass over memory: the sum with a residual, and after that ReLU.
+
     Args:
         x: ``[N, C, H, W]``, any floating dtype.
         running_var: ``[C]``. In training updated in place to ``(1-momentum)*running_var + momentum*var`` with the biased
             variance (about the mean) of the batch; in evaluation it is the variance that is used. May be None in training.
         weight, bias: ``[C]``, or None. May be of a wider dtype than ``x``.
         training: use the batch's variance.
+        residual: ``[N, C, H, W]`` in the dtype of ``x``, added to the result. In another memory format it is copied.
+        relu: ReLU of the result, residual included.
         detach_var: explanation mode: the first derivative takes the variance as a constant.
         backend: as for :func:`bcos_conv2d`.
 
     Returns:
-        ``[N, C, H, W]`` in the dtype of ``x``.
+        ``[N, C, H, W]`` in the dtype and memory format of ``x``.
 
     Raises:
         TypeError, ValueError: arguments that do not fit.
 
     Source: B-cos v2 (arXiv 2306.10898).
+    """
+    return batch_norm_with_squares(
+        x,
+        running_var,
+        weight,
+        bias,
+        training=training,
+        residual=residual,
+        relu=relu,
+        momentum=momentum,
+        eps=eps,
+        detach_var=detach_var,
+        squares=False,
+        backend=backend,
+    )[0]
+
+
+def batch_norm_with_squares(
+    x: Tensor,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    training: bool,
+    residual: Tensor | None,
+    relu: bool,
+    momentum: float,
+    eps: float,
+    detach_var: bool,
+    squares: bool = True,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """:func:`batch_norm_uncentered2d`, and what :func:`bcos_conv2d` takes as ``squares``: of the result, not differentiable.
+
+    For the layers of this package, which know that the one is followed by the other.
     """
     _check_floating("x", x)
     _check_rank(x, "x", 4, "[N, C, H, W]")
@@ -209,6 +263,13 @@ def batch_norm_uncentered2d(
         _check_device(name, t, x)
         if t.shape != (x.shape[1],):
             raise ValueError(f"{name} must be [{x.shape[1]}], one value per channel of x {_shape(x)}; got {_shape(t)}")
+    if residual is not None:
+        _check_floating("residual", residual)
+        _check_device("residual", residual, x)
+        if residual.dtype != x.dtype:
+            raise TypeError(f"residual is {residual.dtype}, but x is {x.dtype}; convert one")
+        if residual.shape != x.shape:
+            raise ValueError(f"residual must have the shape of x, {_shape(x)}; got {_shape(residual)}")
     if running_var is None and not training:
         raise ValueError("running_var is None: evaluation needs it; pass it, or training=True for the batch's variance")
     if not 0 <= momentum <= 1:
@@ -218,14 +279,86 @@ def batch_norm_uncentered2d(
     backend = dispatch.requested(backend)
     var = None if training else running_var
     if backend == dispatch.REFERENCE:
-        z = reference.batch_norm_uncentered2d(x, var, weight, bias, eps=eps, detach_var=detach_var).to(x.dtype)
+        z = reference.batch_norm_uncentered2d(
+            x, var, weight, bias, residual=residual, relu=relu, eps=eps, detach_var=detach_var
+        ).to(x.dtype)
         batch_var = x.detach().var((0, 2, 3), unbiased=False) if training else None
+        sums = None
     else:
-        z, _, batch_var = torch.ops.bcos.batch_norm_uncentered2d(x, var, weight, bias, eps, detach_var, backend)
+        z, _, batch_var, sums = torch.ops.bcos.batch_norm_uncentered2d(
+            x, var, weight, bias, residual, eps, relu, detach_var, squares, backend
+        )
     if training and running_var is not None and batch_var is not None and x.numel():
         with torch.no_grad():
             running_var.lerp_(batch_var.to(running_var.dtype), momentum)
-    return z
+    return z, sums if squares else None
+
+
+def layer_norm(
+    x: Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    detach_var: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """Layer norm, ``(x - mean) / sqrt(var + eps) * weight + bias``, with an explanation mode.
+
+    Args:
+        x: ``[..., *normalized_shape]``, any floating dtype.
+        normalized_shape: the last axes, over which mean and variance are taken; an int is one axis.
+        weight, bias: of that shape, or None. May be of a wider dtype than ``x``.
+        detach_var: explanation mode: the first derivative takes the variance as a constant; the mean is none.
+        backend: as for :func:`bcos_conv2d`, but a backend without a kernel for it leaves it to the next one.
+
+    Returns:
+        The shape and dtype of ``x`` (under CUDA's autocast float32, as torch's own).
+
+    Raises:
+        TypeError, ValueError: arguments that do not fit.
+
+    Source: B-cos v2 (arXiv 2306.10898), for the explanation mode.
+    """
+    return layer_norm_with_squares(
+        x, normalized_shape, weight, bias, eps=eps, detach_var=detach_var, squares=False, backend=backend
+    )[0]
+
+
+def layer_norm_with_squares(
+    x: Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    eps: float,
+    detach_var: bool,
+    squares: bool = True,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """:func:`layer_norm` over one axis, and what :func:`bcos_linear` takes as ``squares``: of the result."""
+    _check_floating("x", x)
+    shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+    if not shape or x.shape[max(x.dim() - len(shape), 0) :] != shape:
+        raise ValueError(f"normalized_shape must be the last axes of x {_shape(x)}; got {list(shape)}")
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t is None:
+            continue
+        _check_floating(name, t)
+        _check_device(name, t, x)
+        if t.shape != shape:
+            raise ValueError(f"{name} must be of normalized_shape {list(shape)}; got {_shape(t)}")
+    if eps < 0:
+        raise ValueError(f"eps must not be negative; got {eps}")
+    if x.is_cuda and torch.is_autocast_enabled("cuda"):
+        x = x.to(accumulator(x.dtype))
+    backend = dispatch.requested(backend)
+    if backend == dispatch.REFERENCE:
+        z = reference.layer_norm(x, shape, weight, bias, eps=eps, detach_var=detach_var).to(x.dtype)
+        return z, None
+    z, _, _, sums = torch.ops.bcos.layer_norm(x, weight, bias, len(shape), eps, detach_var, squares, backend)
+    return z, sums if squares else None
 
 
 # ---- checks
@@ -278,6 +411,16 @@ def _check_max_out(weight: Tensor, max_out: int) -> int:
     return rows
 
 
+def _check_squares(squares: Tensor, x: Tensor, shape: list[int]) -> None:
+    _check_floating("squares", squares)
+    _check_device("squares", squares, x)
+    dtype = accumulator(x.dtype)
+    if squares.dtype != dtype:
+        raise TypeError(f"squares must be {dtype} for x of {x.dtype}; got {squares.dtype}")
+    if list(squares.shape) != shape:
+        raise ValueError(f"squares must be {shape}, the sums of the squares of x {_shape(x)}; got {_shape(squares)}")
+
+
 def _check_bias(bias: Tensor | None, rows: int) -> None:
     if bias is not None and bias.shape != (rows,):
         raise ValueError(f"bias must be [{rows}], one value per row of weight; got {_shape(bias)}")
@@ -309,21 +452,27 @@ def _pair(name: str, value: Pair, least: int) -> tuple[int, int]:
 
 
 def _resolve_padding(
-    x: Tensor, padding: Pair | str, kernel_size: tuple[int, int], stride: tuple[int, int], dilation: tuple[int, int]
-) -> tuple[Tensor, tuple[int, int]]:
+    x: Tensor,
+    squares: Tensor | None,
+    padding: Pair | str,
+    kernel_size: tuple[int, int],
+    stride: tuple[int, int],
+    dilation: tuple[int, int],
+) -> tuple[Tensor, Tensor | None, tuple[int, int]]:
     """Padding in numbers. An even window under ``"same"`` needs one more at the far end: ``x`` is padded for it here."""
     if not isinstance(padding, str):
-        return x, _pair("padding", padding, 0)
+        return x, squares, _pair("padding", padding, 0)
     if padding == "valid":
-        return x, (0, 0)
+        return x, squares, (0, 0)
     if padding != "same":
         raise ValueError(f'padding must be an int, a pair, "same" or "valid"; got {padding!r}')
     if stride != (1, 1):
         raise ValueError(f'padding="same" needs stride 1; got stride {stride}')
     vertical, horizontal = (d * (k - 1) for k, d in zip(kernel_size, dilation, strict=True))
     if vertical % 2 or horizontal % 2:
-        x = F.pad(x, (0, horizontal % 2, 0, vertical % 2))
-    return x, (vertical // 2, horizontal // 2)
+        more = (0, horizontal % 2, 0, vertical % 2)
+        x, squares = F.pad(x, more), None if squares is None else F.pad(squares, more)
+    return x, squares, (vertical // 2, horizontal // 2)
 
 
 def _split_exponent(b: float | Tensor) -> tuple[float, Tensor | None]:

@@ -20,7 +20,15 @@ from bcos_kernels.contract import (
     Call,
     Forward,
     Gradients,
+    LayerNormForward,
+    LayerNormGradients,
+    LayerNormNeeds,
+    LayerNormOptions,
     Needs,
+    NormForward,
+    NormGradients,
+    NormNeeds,
+    NormOptions,
     Options,
     Saved,
     accumulator,
@@ -252,8 +260,8 @@ class _Layer:
         self.like_conv = like_conv
         _define(
             name,
-            f"(Tensor x, Tensor weight, Tensor? bias, Tensor? b_tensor, {option_schema}, bool for_backward, str backend)"
-            " -> (Tensor y, Tensor norm, Tensor linear, Tensor winner)",
+            f"(Tensor x, Tensor weight, Tensor? bias, Tensor? b_tensor, {option_schema}, Tensor? squares,"
+            " bool for_backward, str backend) -> (Tensor y, Tensor norm, Tensor linear, Tensor winner)",
             self.forward,
             self.forward_fake,
         )
@@ -273,10 +281,10 @@ class _Layer:
     # -- forward
 
     def forward(self, x: Tensor, weight: Tensor, bias: _Maybe, b_tensor: _Maybe, *rest: Any) -> Forward:
-        *plain, for_backward, backend = rest
+        *plain, squares, for_backward, backend = rest
         options = self.make_options(b_tensor, *plain)
-        module = dispatch.choose(backend, Call(self.name, x, weight, options))
-        result: Forward = getattr(module, self.name)(x, weight, bias, options, for_backward)
+        module = dispatch.choose(backend, Call(self.name, x, weight, options, bias is not None, for_backward))
+        result: Forward = getattr(module, self.name)(x, weight, bias, options, for_backward, squares)
         if self.like_conv:
             fmt = memory_format(x, weight)
             y, norm, linear, winner = result
@@ -289,14 +297,14 @@ class _Layer:
         return result
 
     def forward_fake(self, x: Tensor, weight: Tensor, bias: _Maybe, b_tensor: _Maybe, *rest: Any) -> Forward:
-        *plain, for_backward, _ = rest
+        *plain, _, for_backward, _ = rest
         options = self.make_options(b_tensor, *plain)
         y, norm_shape = self.output(x, weight, options)
         return _forward_fake(x, y, norm_shape, options, for_backward)
 
     def save_for_backward(self, ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tensor]) -> None:
         x, weight, bias, b_tensor, *rest = inputs
-        *plain, for_backward, backend = rest
+        *plain, _, for_backward, backend = rest
         ctx.plain, ctx.backend, ctx.for_backward = plain, backend, for_backward
         y, norm, linear, winner = output
         options = self.make_options(b_tensor, *plain)
@@ -306,7 +314,7 @@ class _Layer:
         ctx.set_materialize_grads(False)
 
     def differentiate(self, ctx: Any, wanted: Sequence[bool], grad: _Maybe, *_: Any) -> tuple[_Maybe, ...]:
-        nothing = [None] * (len(ctx.plain) + 2)
+        nothing = [None] * (len(ctx.plain) + 3)
         if grad is None:
             return (None, None, None, None, *nothing)
         if not ctx.for_backward:
@@ -411,112 +419,306 @@ _CONV2D = _Layer("conv2d", _CONV_OPTIONS, _options, conv2d_definition, _conv2d_o
 _LINEAR = _Layer("linear", _LINEAR_OPTIONS, _linear_options, linear_definition, _linear_output, like_conv=False)
 
 
-# ---- uncentered batch norm
+# ---- uncentered batch norm, residual, ReLU
 
 
 def _batch_norm(
-    x: Tensor, var: _Maybe, weight: _Maybe, bias: _Maybe, eps: float, detach_var: bool, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor,
+    var: _Maybe,
+    weight: _Maybe,
+    bias: _Maybe,
+    residual: _Maybe,
+    eps: float,
+    relu: bool,
+    detach_var: bool,
+    squares: bool,
+    backend: str,
+) -> NormForward:
     module = dispatch.choose(backend, Call("batch_norm_uncentered2d", x, weight))
-    z, mean, batch_var = module.batch_norm_uncentered2d(x, var, weight, bias, eps)
-    return z.contiguous(memory_format=memory_format(x)), mean, batch_var
+    options = NormOptions(eps, relu, detach_var, squares)
+    f: NormForward = module.batch_norm_uncentered2d(x, var, weight, bias, residual, options)
+    return f._replace(z=f.z.contiguous(memory_format=memory_format(x)))
 
 
 def _batch_norm_fake(
-    x: Tensor, var: _Maybe, weight: _Maybe, bias: _Maybe, eps: float, detach_var: bool, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    z = x.new_empty(x.shape).contiguous(memory_format=memory_format(x))
+    x: Tensor,
+    var: _Maybe,
+    weight: _Maybe,
+    bias: _Maybe,
+    residual: _Maybe,
+    eps: float,
+    relu: bool,
+    detach_var: bool,
+    squares: bool,
+    backend: str,
+) -> NormForward:
     stats = x.shape[1] if var is None else 0
     acc = accumulator(x.dtype)
-    return z, x.new_empty(stats, dtype=acc), x.new_empty(stats, dtype=acc)
+    return NormForward(
+        x.new_empty(x.shape).contiguous(memory_format=memory_format(x)),
+        x.new_empty(stats, dtype=acc),
+        x.new_empty(stats, dtype=acc),
+        x.new_empty((x.shape[0], 1, *x.shape[2:]) if squares else 0, dtype=acc),
+    )
 
 
 def _batch_norm_save(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tensor]) -> None:
-    x, var, weight, bias, ctx.eps, ctx.detach_var, ctx.backend = inputs
-    _, mean, batch_var = output
-    ctx.save_for_backward(x, mean, batch_var if var is None else var, weight, bias)
-    ctx.batch_stats = var is None
-    ctx.mark_non_differentiable(mean, batch_var)
+    x, var, weight, bias, residual, ctx.eps, ctx.relu, ctx.detach_var, _, ctx.backend = inputs
+    z, mean, batch_var, squares = output
+    masks = z if ctx.relu and residual is not None else None
+    ctx.save_for_backward(x, masks, mean, batch_var if var is None else var, weight, bias)
+    ctx.mark_non_differentiable(mean, batch_var, squares)
     ctx.set_materialize_grads(False)
 
 
 def _batch_norm_differentiate(ctx: Any, wanted: Sequence[bool], grad: _Maybe, *_: Any) -> tuple[_Maybe, ...]:
     if grad is None:
-        return (None,) * 7
-    x, mean, var, weight, bias = ctx.saved_tensors
-    needs = [wanted[i] for i in (0, 2, 3)]
-    dx, dweight, dbias = torch.ops.bcos.batch_norm_uncentered2d_backward(
-        grad, x, mean, var, weight, bias, needs, ctx.eps, ctx.batch_stats, ctx.detach_var, ctx.backend
+        return (None,) * 10
+    x, z, mean, var, weight, bias = ctx.saved_tensors
+    needs_x, needs_weight, needs_bias, needs_residual = (wanted[i] for i in (0, 2, 3, 4))
+    needs = [needs_x, needs_weight, needs_bias, needs_residual and ctx.relu]
+    grads = torch.ops.bcos.batch_norm_uncentered2d_backward(
+        grad, x, z, mean, var, weight, bias, needs, ctx.eps, ctx.relu, ctx.detach_var, ctx.backend
     )
-    picked = [g if need else None for g, need in zip((dx, dweight, dbias), needs, strict=True)]
-    return (picked[0], None, picked[1], picked[2], None, None, None)
+    dx, dweight, dbias, dresidual = (g if need else None for g, need in zip(grads, needs, strict=True))
+    if needs_residual and not ctx.relu:
+        dresidual = grad
+    return (dx, None, dweight, dbias, dresidual, None, None, None, None, None)
 
 
 def _batch_norm_backward(
     grad: Tensor,
     x: Tensor,
+    z: _Maybe,
     mean: Tensor,
     var: Tensor,
     weight: _Maybe,
     bias: _Maybe,
     needs: Sequence[bool],
     eps: float,
-    batch_stats: bool,
+    relu: bool,
     detach_var: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> NormGradients:
     module = dispatch.choose(backend, Call("batch_norm_uncentered2d_backward", x, weight), strict=False)
-    dx, dweight, dbias = module.batch_norm_uncentered2d_backward(
-        grad, x, mean, var, weight, eps, batch_stats, detach_var, (needs[0], needs[1], needs[2])
+    dx, dweight, dbias, dresidual = module.batch_norm_uncentered2d_backward(
+        grad, x, z, mean, var, weight, bias, NormOptions(eps, relu, detach_var), NormNeeds(*needs)
     )
-    if dx.dim() == 4:
-        dx = dx.contiguous(memory_format=memory_format(x))
-    return dx, dweight, dbias if bias is None else dbias.to(bias.dtype)
+    fmt = memory_format(x)
+    return NormGradients(
+        dx.contiguous(memory_format=fmt) if needs[0] else dx,
+        dweight,
+        dbias if bias is None else dbias.to(bias.dtype),
+        dresidual.contiguous(memory_format=fmt) if needs[3] else dresidual,
+    )
 
 
 def _batch_norm_backward_fake(
-    grad: Tensor, x: Tensor, mean: Tensor, var: Tensor, weight: _Maybe, bias: _Maybe, needs: Sequence[bool], *_: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        x.new_empty(x.shape).contiguous(memory_format=memory_format(x)) if needs[0] else _empty(grad),
+    grad: Tensor,
+    x: Tensor,
+    z: _Maybe,
+    mean: Tensor,
+    var: Tensor,
+    weight: _Maybe,
+    bias: _Maybe,
+    needs: Sequence[bool],
+    *_: Any,
+) -> NormGradients:
+    def like_x(wanted: bool) -> Tensor:
+        return x.new_empty(x.shape).contiguous(memory_format=memory_format(x)) if wanted else _empty(grad)
+
+    return NormGradients(
+        like_x(needs[0]),
         weight.new_empty(weight.shape) if needs[1] and weight is not None else _empty(grad),
         bias.new_empty(bias.shape) if needs[2] and bias is not None else _empty(grad),
+        like_x(needs[3]),
     )
 
 
 def _batch_norm_save_backward(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tensor]) -> None:
-    grad, x, _, var, weight, bias, ctx.first_needs, ctx.eps, ctx.batch_stats, ctx.detach_var, _ = inputs
-    ctx.save_for_backward(grad, x, var, weight, bias)
+    grad, x, z, mean, var, weight, bias, ctx.first_needs, ctx.eps, ctx.relu, ctx.detach_var, _ = inputs
+    ctx.save_for_backward(grad, x, z, var, weight, bias)
+    ctx.batch_stats = mean.numel() > 0
     ctx.set_materialize_grads(False)
 
 
 def _batch_norm_differentiate_twice(ctx: Any, wanted: Sequence[bool], *cotangents: _Maybe) -> tuple[_Maybe, ...]:
-    grad, x, var, weight, bias = ctx.saved_tensors
-    needs = wanted
-    fixed_var = None if ctx.batch_stats else var
+    grad, x, z, var, weight, bias = ctx.saved_tensors
+    # a residual has no part in any gradient but through the mask of the ReLU, which is constant: any tensor can stand in
+    passed = None if z is None else ~(z <= 0)
 
-    def definition(x: Tensor, weight: _Maybe, bias: _Maybe) -> Tensor:
-        return reference.batch_norm_uncentered2d(x, fixed_var, weight, bias, eps=ctx.eps, detach_var=ctx.detach_var)
+    def definition(x: Tensor, weight: _Maybe, bias: _Maybe, residual: _Maybe) -> Tensor:
+        y = reference.batch_norm_uncentered2d(
+            x,
+            None if ctx.batch_stats else var,
+            weight,
+            bias,
+            relu=ctx.relu and residual is None,
+            eps=ctx.eps,
+            detach_var=ctx.detach_var,
+        )
+        return y if residual is None or passed is None else (y + residual) * passed
 
-    dgrad, dx, dweight, dbias = _differentiate_backward(
-        definition, grad, (x, weight, bias), ctx.first_needs, cotangents, [needs[i] for i in (0, 1, 4, 5)]
+    dgrad, dx, dweight, dbias, _ = _differentiate_backward(
+        definition,
+        grad,
+        (x, weight, bias, z),
+        ctx.first_needs,
+        cotangents,
+        [*(wanted[i] for i in (0, 1, 5, 6)), False],
     )
-    return (dgrad, dx, None, None, dweight, dbias, None, None, None, None, None)
+    return (dgrad, dx, None, None, None, dweight, dbias, None, None, None, None, None)
 
 
 _define(
     "batch_norm_uncentered2d",
-    "(Tensor x, Tensor? var, Tensor? weight, Tensor? bias, float eps, bool detach_var, str backend)"
-    " -> (Tensor z, Tensor mean, Tensor batch_var)",
+    "(Tensor x, Tensor? var, Tensor? weight, Tensor? bias, Tensor? residual, float eps, bool relu, bool detach_var,"
+    " bool squares, str backend) -> (Tensor z, Tensor mean, Tensor batch_var, Tensor squares)",
     _batch_norm,
     _batch_norm_fake,
 )
 _define(
     "batch_norm_uncentered2d_backward",
-    "(Tensor grad, Tensor x, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, bool[] needs, float eps,"
-    " bool batch_stats, bool detach_var, str backend) -> (Tensor dx, Tensor dweight, Tensor dbias)",
+    "(Tensor grad, Tensor x, Tensor? z, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, bool[] needs, float eps,"
+    " bool relu, bool detach_var, str backend) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)",
     _batch_norm_backward,
     _batch_norm_backward_fake,
 )
 _register_autograd("batch_norm_uncentered2d", _batch_norm_save, _batch_norm_differentiate)
 _register_autograd("batch_norm_uncentered2d_backward", _batch_norm_save_backward, _batch_norm_differentiate_twice)
+
+
+# ---- layer norm
+
+
+def _layer_norm(
+    x: Tensor,
+    weight: _Maybe,
+    bias: _Maybe,
+    axes: int,
+    eps: float,
+    detach_var: bool,
+    squares: bool,
+    backend: str,
+) -> LayerNormForward:
+    # not strict: only some backends have a kernel of their own for what torch does well
+    module = dispatch.choose(backend, Call("layer_norm", x), strict=False)
+    result: LayerNormForward = module.layer_norm(x, weight, bias, LayerNormOptions(axes, eps, detach_var, squares))
+    return result._replace(z=result.z.contiguous())
+
+
+def _layer_norm_fake(
+    x: Tensor,
+    weight: _Maybe,
+    bias: _Maybe,
+    axes: int,
+    eps: float,
+    detach_var: bool,
+    squares: bool,
+    backend: str,
+) -> LayerNormForward:
+    acc, leading = accumulator(x.dtype), x.shape[: x.dim() - axes]
+    return LayerNormForward(
+        x.new_empty(x.shape),
+        x.new_empty((*leading, *[1] * axes), dtype=acc),
+        x.new_empty((*leading, *[1] * axes), dtype=acc),
+        x.new_empty((*leading, 1) if squares else 0, dtype=acc),
+    )
+
+
+def _layer_norm_save(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tensor]) -> None:
+    x, weight, bias, ctx.axes, ctx.eps, ctx.detach_var, _, ctx.backend = inputs
+    _, mean, rstd, squares = output
+    ctx.save_for_backward(x, mean, rstd, weight, bias)
+    ctx.mark_non_differentiable(mean, rstd, squares)
+    ctx.set_materialize_grads(False)
+
+
+def _layer_norm_differentiate(ctx: Any, wanted: Sequence[bool], grad: _Maybe, *_: Any) -> tuple[_Maybe, ...]:
+    nothing = (None,) * 5
+    if grad is None:
+        return (None, None, None, *nothing)
+    x, mean, rstd, weight, bias = ctx.saved_tensors
+    needs = list(wanted[:3])
+    grads = torch.ops.bcos.layer_norm_backward(
+        grad, x, mean, rstd, weight, bias, needs, ctx.axes, ctx.eps, ctx.detach_var, ctx.backend
+    )
+    return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *nothing)
+
+
+def _layer_norm_backward(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: _Maybe,
+    bias: _Maybe,
+    needs: Sequence[bool],
+    axes: int,
+    eps: float,
+    detach_var: bool,
+    backend: str,
+) -> LayerNormGradients:
+    module = dispatch.choose(backend, Call("layer_norm_backward", x), strict=False)
+    dx, dweight, dbias = module.layer_norm_backward(
+        grad, x, mean, rstd, weight, bias, LayerNormOptions(axes, eps, detach_var), LayerNormNeeds(*needs)
+    )
+    return LayerNormGradients(
+        dx.contiguous(),
+        dweight if weight is None else dweight.to(weight.dtype),
+        dbias if bias is None else dbias.to(bias.dtype),
+    )
+
+
+def _layer_norm_backward_fake(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: _Maybe,
+    bias: _Maybe,
+    needs: Sequence[bool],
+    *_: Any,
+) -> LayerNormGradients:
+    return LayerNormGradients(
+        x.new_empty(x.shape) if needs[0] else _empty(grad),
+        weight.new_empty(weight.shape) if needs[1] and weight is not None else _empty(grad),
+        bias.new_empty(bias.shape) if needs[2] and bias is not None else _empty(grad),
+    )
+
+
+def _layer_norm_save_backward(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tensor]) -> None:
+    grad, x, _, _, weight, bias, ctx.first_needs, ctx.axes, ctx.eps, ctx.detach_var, _ = inputs
+    ctx.save_for_backward(grad, x, weight, bias)
+    ctx.set_materialize_grads(False)
+
+
+def _layer_norm_differentiate_twice(ctx: Any, wanted: Sequence[bool], *cotangents: _Maybe) -> tuple[_Maybe, ...]:
+    grad, x, weight, bias = ctx.saved_tensors
+
+    def definition(x: Tensor, weight: _Maybe, bias: _Maybe) -> Tensor:
+        shape = x.shape[x.dim() - ctx.axes :]
+        return reference.layer_norm(x, shape, weight, bias, eps=ctx.eps, detach_var=ctx.detach_var)
+
+    dgrad, dx, dweight, dbias = _differentiate_backward(
+        definition, grad, (x, weight, bias), ctx.first_needs, cotangents, [wanted[i] for i in (0, 1, 4, 5)]
+    )
+    return (dgrad, dx, None, None, dweight, dbias, None, None, None, None, None)
+
+
+_define(
+    "layer_norm",
+    "(Tensor x, Tensor? weight, Tensor? bias, int axes, float eps, bool detach_var, bool squares, str backend)"
+    " -> (Tensor z, Tensor mean, Tensor rstd, Tensor squares)",
+    _layer_norm,
+    _layer_norm_fake,
+)
+_define(
+    "layer_norm_backward",
+    "(Tensor grad, Tensor x, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, bool[] needs, int axes, float eps,"
+    " bool detach_var, str backend) -> (Tensor dx, Tensor dweight, Tensor dbias)",
+    _layer_norm_backward,
+    _layer_norm_backward_fake,
+)
+_register_autograd("layer_norm", _layer_norm_save, _layer_norm_differentiate)
+_register_autograd("layer_norm_backward", _layer_norm_save_backward, _layer_norm_differentiate_twice)

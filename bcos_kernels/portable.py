@@ -14,12 +14,21 @@ from bcos_kernels.contract import (
     Call,
     Forward,
     Gradients,
+    LayerNormForward,
+    LayerNormGradients,
+    LayerNormNeeds,
+    LayerNormOptions,
     Needs,
+    NormForward,
+    NormGradients,
+    NormNeeds,
+    NormOptions,
     Options,
     Saved,
     accumulator,
     winner_dtype,
 )
+from bcos_kernels.weights import unit_rows, unit_rows_backward
 
 
 def unavailable() -> str | None:
@@ -76,22 +85,6 @@ def _scatter_to_winner(dlinear: Tensor, winner: Tensor, max_out: int, dim: int) 
     return rows.flatten(at - 1, at)
 
 
-def _unit_rows(weight: Tensor, options: Options) -> Tensor:
-    if not options.normalize_weight:
-        return weight
-    return reference.unit_rows(weight.to(accumulator(weight.dtype))).to(weight.dtype)
-
-
-def _unit_rows_backward(dunit: Tensor, weight: Tensor, options: Options) -> Tensor:
-    """Through ``w / ||w||``: what is orthogonal to the unit row, divided by its length."""
-    if not options.normalize_weight:
-        return dunit
-    rows, drows = (t.to(accumulator(weight.dtype)).flatten(1) for t in (weight, dunit))
-    length = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-    unit = rows / length
-    return ((drows - unit * (drows * unit).sum(1, keepdim=True)) / length).view_as(weight).to(weight.dtype)
-
-
 def _forward(u: Tensor, norm: Tensor, options: Options, for_backward: bool, channels: int) -> Forward:
     """MaxOut and scale behind the linear part; ``channels`` is the channel axis of ``u``, ``norm`` has one per group."""
     linear, winner = _pick_winner(u, options.max_out, channels)
@@ -135,13 +128,21 @@ def _backward(
 # ---- convolution
 
 
-def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, options: Options, for_backward: bool) -> Forward:
+def conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    options: Options,
+    for_backward: bool,
+    squares: Tensor | None = None,
+) -> Forward:
     o = options
-    u = F.conv2d(x, _unit_rows(weight, o), bias, o.stride, o.padding, o.dilation, o.groups)
+    u = F.conv2d(x, unit_rows(weight, o), bias, o.stride, o.padding, o.dilation, o.groups)
     acc = accumulator(x.dtype)
     norm = x.new_empty(0, dtype=acc)
     if not o.is_linear:
-        norm = reference.patch_norm(x.to(acc), weight.shape[2:], o.stride, o.padding, o.dilation, o.groups)
+        squares = reference.channel_squares(x.to(acc), o.groups) if squares is None else squares
+        norm = reference.norm_of_squares(squares, weight.shape[2:], o.stride, o.padding, o.dilation)
     return _forward(u, norm, o, for_backward, channels=1)
 
 
@@ -153,7 +154,7 @@ def conv2d_backward(
     bias_sizes = None if bias is None else list(bias.shape)
     mask = [needs.x, needs.weight, needs.bias]
     dx, dunit, dbias = torch.ops.aten.convolution_backward(
-        du, x, _unit_rows(weight, o), bias_sizes, o.stride, o.padding, o.dilation, False, [0, 0], o.groups, mask
+        du, x, unit_rows(weight, o), bias_sizes, o.stride, o.padding, o.dilation, False, [0, 0], o.groups, mask
     )
     empty = grad.new_empty(0)
     if dnorm.numel():
@@ -162,7 +163,7 @@ def conv2d_backward(
         dx = (dx.to(spread.dtype) + pulled.flatten(1, 2)).to(x.dtype)
     return Gradients(
         dx if needs.x else empty,
-        _unit_rows_backward(dunit, weight, o) if needs.weight else empty,
+        unit_rows_backward(dunit, weight, o) if needs.weight else empty,
         dbias if needs.bias else empty,
         db,
     )
@@ -189,10 +190,19 @@ def window_sum_transposed(q: Tensor, x_shape: torch.Size, kernel_size: torch.Siz
 # ---- linear layer
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, options: Options, for_backward: bool) -> Forward:
-    u = F.linear(x, _unit_rows(weight, options), bias)
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    options: Options,
+    for_backward: bool,
+    squares: Tensor | None = None,
+) -> Forward:
+    u = F.linear(x, unit_rows(weight, options), bias)
     acc = accumulator(x.dtype)
-    norm = x.new_empty(0, dtype=acc) if options.is_linear else reference.row_norm(x.to(acc))
+    norm = x.new_empty(0, dtype=acc)
+    if not options.is_linear:
+        norm = reference.row_norm(x.to(acc)) if squares is None else squares.sqrt() + reference.ROW_NORM_EPS
     return _forward(u, norm, options, for_backward, channels=-1)
 
 
@@ -204,13 +214,13 @@ def linear_backward(
     rows = du.reshape(-1, du.shape[-1])
     dx = dweight = dbias = empty
     if needs.x:
-        dx = du @ _unit_rows(weight, options)
+        dx = du @ unit_rows(weight, options)
     if dnorm.numel():
         # dn/dx = x / ||x||, and 0 at the origin as for torch's own norm
         length = (saved.norm - reference.ROW_NORM_EPS).clamp_min(torch.finfo(saved.norm.dtype).tiny)
         dx = (dx.to(length.dtype) + x * (dnorm / length)).to(x.dtype)
     if needs.weight:
-        dweight = _unit_rows_backward(rows.t() @ x.reshape(-1, x.shape[-1]), weight, options)
+        dweight = unit_rows_backward(rows.t() @ x.reshape(-1, x.shape[-1]), weight, options)
     if needs.bias:
         dbias = rows.sum(0)
     return Gradients(dx, dweight, dbias, db)
@@ -219,50 +229,113 @@ def linear_backward(
 # ---- uncentered batch norm
 
 
+def _gain(var: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """``(1 / sqrt(var + eps), weight / sqrt(var + eps))``."""
+    inverse = (var + eps).rsqrt()
+    return inverse, inverse if weight is None else inverse * weight.to(inverse.dtype)
+
+
+def _affine(value: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
+    z = value * gain[:, None, None]
+    return z if bias is None else z + bias.to(z.dtype)[:, None, None]
+
+
 def batch_norm_uncentered2d(
-    x: Tensor, var: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor,
+    var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    options: NormOptions,
+) -> NormForward:
     acc = accumulator(x.dtype)
     value = x.to(acc)
+    mean, batch_var, squares = (x.new_empty(0, dtype=acc) for _ in range(3))  # outputs must not share storage
     if var is None:
         count = max(x.numel() // x.shape[1], 1)  # an empty batch has variance 0, and gradient 0
         mean = value.sum((0, 2, 3)) / count
         batch_var = (value - mean[:, None, None]).square().sum((0, 2, 3)) / count
-    else:
-        mean, batch_var = x.new_empty(0, dtype=acc), x.new_empty(0, dtype=acc)
-    gain = ((batch_var if var is None else var.to(acc)) + eps).rsqrt()
-    gain = gain if weight is None else gain * weight.to(acc)
-    z = value * gain[:, None, None]
-    z = z if bias is None else z + bias.to(acc)[:, None, None]
-    return z.to(x.dtype), mean, batch_var
+    _, gain = _gain(batch_var if var is None else var.to(acc), weight, options.eps)
+    z = _affine(value, gain, bias)
+    z = z if residual is None else z + residual.to(acc)
+    z = (z.relu() if options.relu else z).to(x.dtype)
+    if options.squares:
+        squares = z.to(acc).square().sum(1, keepdim=True)
+    return NormForward(z, mean, batch_var, squares)
 
 
 def batch_norm_uncentered2d_backward(
     grad: Tensor,
     x: Tensor,
+    z: Tensor | None,
     mean: Tensor,
     var: Tensor,
     weight: Tensor | None,
-    eps: float,
-    batch_stats: bool,
-    detach_var: bool,
-    needs: tuple[bool, bool, bool],
-) -> tuple[Tensor, Tensor, Tensor]:
+    bias: Tensor | None,
+    options: NormOptions,
+    needs: NormNeeds,
+) -> NormGradients:
     acc = accumulator(x.dtype)
-    needs_x, needs_weight, needs_bias = needs
     empty = grad.new_empty(0)
     g, value = grad.to(acc), x.to(acc)
-    inv_std = (var.to(acc) + eps).rsqrt()
-    through_var = needs_x and batch_stats and not detach_var
-    dot = (g * value).sum((0, 2, 3)) if needs_weight or through_var else empty
+    inv_std, gain = _gain(var.to(acc), weight, options.eps)
+    if options.relu:
+        g = g.masked_fill((_affine(value, gain, bias) if z is None else z) <= 0, 0)
+    through_var = needs.x and mean.numel() > 0 and not options.detach_var
+    dot = (g * value).sum((0, 2, 3)) if needs.weight or through_var else empty
     dx = empty
-    if needs_x:
-        gain = inv_std if weight is None else inv_std * weight.to(acc)
+    if needs.x:
         dx = g * gain[:, None, None]
         if through_var:
             # dL/dvar = -dot * gain * inv_std^2 / 2 and dvar/dx = 2 (x - mean) / count
             pull = -dot * gain * inv_std.square() * (x.shape[1] / max(x.numel(), 1))
             dx = dx + (value - mean[:, None, None]) * pull[:, None, None]
         dx = dx.to(x.dtype)
-    dweight = (dot * inv_std).to(weight.dtype) if needs_weight and weight is not None else empty
-    return dx, dweight, g.sum((0, 2, 3)) if needs_bias else empty
+    return NormGradients(
+        dx,
+        (dot * inv_std).to(weight.dtype) if needs.weight and weight is not None else empty,
+        g.sum((0, 2, 3)) if needs.bias else empty,
+        g.to(x.dtype) if needs.residual else empty,
+    )
+
+
+# ---- layer norm: PyTorch's own, whose variance is a constant where that is wanted
+
+
+def _wide(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if t is None else t.to(dtype)
+
+
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, options: LayerNormOptions) -> LayerNormForward:
+    acc = accumulator(x.dtype)
+    shape = x.shape[x.dim() - options.axes :]
+    z, mean, rstd = torch.native_layer_norm(x.to(acc), shape, _wide(weight, acc), _wide(bias, acc), options.eps)
+    z = z.to(x.dtype)
+    squares = z.to(acc).square().sum(-1, keepdim=True) if options.squares else z.new_empty(0, dtype=acc)
+    return LayerNormForward(z, mean, rstd, squares)
+
+
+def layer_norm_backward(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    options: LayerNormOptions,
+    needs: LayerNormNeeds,
+) -> LayerNormGradients:
+    acc, empty = mean.dtype, grad.new_empty(0)
+    shape = x.shape[x.dim() - options.axes :]
+    g, weight = grad.to(acc), _wide(weight, acc)
+    own = needs.x and options.detach_var
+    mask = [needs.x and not own, needs.weight, needs.bias]
+    dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
+        g, x.to(acc), shape, mean, rstd, weight, _wide(bias, acc), mask
+    )
+    if own:
+        h = g if weight is None else g * weight
+        dx = (h - h.mean(tuple(range(-options.axes, 0)), keepdim=True)) * rstd
+    return LayerNormGradients(
+        dx.to(x.dtype) if needs.x else empty, dweight if needs.weight else empty, dbias if needs.bias else empty
+    )

@@ -94,7 +94,18 @@ def patch_norm(
     groups: int,
 ) -> Tensor:
     """``sqrt(sum over the patch of x^2 + 1e-6)``: ``[N, C, H, W]`` to ``[N, G, Ho, Wo]``."""
-    squares = x.square().unflatten(1, (groups, -1)).sum(2)
+    return norm_of_squares(channel_squares(x, groups), kernel_size, stride, padding, dilation)
+
+
+def channel_squares(x: Tensor, groups: int) -> Tensor:
+    """The sum of the squares of each group's channels: ``[N, C, H, W]`` to ``[N, G, H, W]``."""
+    return x.square().unflatten(1, (groups, -1)).sum(2)
+
+
+def norm_of_squares(
+    squares: Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> Tensor:
+    """The patch norm from :func:`channel_squares`."""
     return (window_sum(squares, kernel_size, stride, padding, dilation) + PATCH_NORM_EPS).sqrt()
 
 
@@ -187,20 +198,24 @@ def batch_norm_uncentered2d(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     *,
+    residual: Tensor | None = None,
+    relu: bool = False,
     eps: float = 1e-5,
     detach_var: bool = False,
 ) -> Tensor:
     """``x / sqrt(var + eps) * weight + bias`` per channel of ``x [N, C, H, W]`` (arXiv 2306.10898).
 
     ``var`` is the running variance (evaluation), or None for the batch's own biased variance about the mean (training).
-    The mean is not subtracted either way.
+    The mean is not subtracted either way. ``residual [N, C, H, W]`` is added to the result; ReLU comes last.
     """
     if var is None:
         var = x.var((0, 2, 3), unbiased=False)
     if weight is not None:
         x = x * weight[:, None, None]
     z = scaled(x, (var + eps).rsqrt()[:, None, None], detach=detach_var)
-    return z if bias is None else z + bias[:, None, None]
+    z = z if bias is None else z + bias[:, None, None]
+    z = z if residual is None else z + residual
+    return z.relu() if relu else z
 
 
 def layer_norm(

@@ -51,7 +51,7 @@ def error(one: Step, exact: tuple[Tensor, Tensor]) -> float:
     return max(float((a - t).norm() / t.norm()) for a, t in zip(results(one), exact, strict=True))
 
 
-def main() -> int:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", default="resnet50", help="a torchvision ResNet or DenseNet")
     parser.add_argument("--backends", nargs="+", default=["auto", "portable", TRUTH])
@@ -63,7 +63,11 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=15, help="at most so many measurements of each contender")
     parser.add_argument("--seconds", type=float, default=90, help="at most, after five rounds")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/networks-<device>.csv")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> int:
+    args = parser().parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     standard = getattr(torchvision.models, args.network)()

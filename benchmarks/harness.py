@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import bcos_kernels
+from bcos_kernels import choice
 
 PHASES = ("forward", "backward", "both")
 Step = tuple[Callable[[], Tensor], Callable[[Tensor], object]]  #: (forward, backward of its output)
@@ -25,6 +26,7 @@ def machine(device: str) -> dict[str, str]:
     return {
         "cpu": _cpu_name(),
         "gpu": torch.cuda.get_device_name() if device == "cuda" else "",
+        "device_class": choice.device_class(torch.device(device)),
         "threads": str(torch.get_num_threads()),
         "torch": str(torch.__version__),
         "bcos_kernels": bcos_kernels.__version__,

@@ -1,4 +1,4 @@
-"""The layers that are measured: every distinct one of a network at 224 x 224, by name of the network."""
+"""The layers that are measured: every distinct one of a network at 224 x 224, by name of the network; and their relatives."""
 
 from __future__ import annotations
 
@@ -17,13 +17,27 @@ class Layer:
     stride: int = 1
     size: int = 1
     tokens: int = 0
+    groups: int = 1
+    max_out: int = 1
+    b: float = 2.0
 
     @property
     def name(self) -> str:
+        special = {
+            f" g{self.groups}": self.groups > 1,
+            f" M{self.max_out}": self.max_out > 1,
+            f" B{self.b}": self.b != 2,
+        }
+        suffix = "".join(text for text, wanted in special.items() if wanted)
         if self.tokens:
-            return f"linear {self.channels}-{self.out} on {self.tokens} tokens"
+            return f"linear {self.channels}-{self.out} on {self.tokens} tokens{suffix}"
         stride = f" s{self.stride}" if self.stride > 1 else ""
-        return f"{self.kernel}x{self.kernel}{stride} {self.channels}-{self.out} at {self.size}"
+        return f"{self.kernel}x{self.kernel}{stride} {self.channels}-{self.out} at {self.size}{suffix}"
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        rows = self.out * self.max_out
+        return (rows, self.channels) if self.tokens else (rows, self.channels // self.groups, self.kernel, self.kernel)
 
     @property
     def padding(self) -> int:
@@ -73,11 +87,25 @@ def _vit(net: str, width: int) -> Iterator[Layer]:
     yield Layer(net, width, 1000, tokens=tokens)
 
 
+def relatives() -> Iterator[Layer]:
+    """One of each kind that the networks do not have: depthwise (ConvNeXt, EfficientNet), grouped, MaxOut, another B."""
+    net = "relatives"
+    yield Layer(net, 384, 384, 7, size=14, groups=384)
+    yield Layer(net, 96, 96, 3, size=56, groups=96)
+    yield Layer(net, 256, 256, 3, size=14, groups=32)
+    yield Layer(net, 128, 128, 3, size=28, max_out=2)
+    yield Layer(net, 256, 256, size=14, max_out=2)
+    yield Layer(net, 128, 128, 3, size=28, b=1.5)
+    yield Layer(net, 256, 1024, size=14, b=1.5)
+    yield Layer(net, 384, 1536, tokens=196, b=1.5)
+
+
 SETS: dict[str, Callable[[], Iterator[Layer]]] = {
     "resnet50": resnet50,
     "densenet121": densenet121,
     "vit_s": lambda: _vit("vit_s", 384),
     "vit_b": lambda: _vit("vit_b", 768),
+    "relatives": relatives,
 }
 
 

@@ -40,6 +40,23 @@ struct Ops {
   static BCOS_INLINE V log(V a) { return std::log(a); }
 };
 
+// What becomes of a sum of squares, and, from q = n * dL/dn, what x is multiplied by in its gradient: dL/dn / ||x||.
+// kPatch: n = sqrt(sum + 1e-6).  kRow: n = sqrt(sum) + 1e-12, whose gradient at the origin is 0, as for torch's norm.
+enum class Root : int { kNone = 0, kPatch = 1, kRow = 2 };
+
+template <class S>
+BCOS_INLINE S norm_of(Root root, S squares) {
+  if (root == Root::kPatch) return Ops<S>::sqrt(squares + S(kPatchNormEps));
+  return root == Root::kRow ? Ops<S>::sqrt(squares) + S(kRowNormEps) : squares;
+}
+
+template <class S>
+BCOS_INLINE S pull_of(Root root, S q, S norm) {
+  if (root == Root::kPatch) return q / (norm * norm);
+  const S length = norm - S(kRowNormEps);
+  return length > S(0) ? q / norm / length : S(0);
+}
+
 // Per element: dL/dl; n * dL/dn (what it adds to the sum over the group's channels); dL/dB.
 template <class V>
 struct Slopes {
@@ -48,12 +65,28 @@ struct Slopes {
   V b;
 };
 
+// B = 1: only MaxOut is left.
+template <class S>
+struct Linear {
+  BCOS_INLINE Linear(Exponent, bool) {}
+
+  template <class V>
+  BCOS_INLINE V forward(V l, V) const {
+    return l;
+  }
+
+  template <class V>
+  BCOS_INLINE Slopes<V> backward(V g, V, V) const {
+    return {g, V(0), V(0)};
+  }
+};
+
 // B = 2. Backward works from y, which the next layer keeps anyway: |cos| = sqrt(|y| / n).
 template <class S>
 struct Quadratic {
   S gain;  // d(l * |l|)/dl = 2 |l|; 1 |l| where the scale is a constant (explanation mode)
 
-  Quadratic(Exponent, bool detach) : gain(detach ? S(1) : S(2)) {}
+  BCOS_INLINE Quadratic(Exponent, bool detach) : gain(detach ? S(1) : S(2)) {}
 
   template <class V>
   BCOS_INLINE V forward(V l, V rn) const {
@@ -67,13 +100,25 @@ struct Quadratic {
   }
 };
 
+// B = 2 where l was kept, since y underflows where l does not (float16).
+template <class S>
+struct QuadraticOfLinear : Quadratic<S> {
+  using Quadratic<S>::Quadratic;
+
+  template <class V>
+  BCOS_INLINE Slopes<V> backward(V g, V l, V rn) const {
+    const V cos = Ops<V>::abs(l) * rn;
+    return {g * (cos * V(this->gain)), V(0) - g * (l * cos), V(0)};
+  }
+};
+
 // Any B >= 1. Backward works from l.
 template <class S>
 struct General {
   S power;  // B - 1
   S pull;   // 0 where the scale is a constant
 
-  General(Exponent e, bool detach) : power(static_cast<S>(e.b - 1)), pull(detach ? S(0) : S(1)) {}
+  BCOS_INLINE General(Exponent e, bool detach) : power(static_cast<S>(e.b - 1)), pull(detach ? S(0) : S(1)) {}
 
   template <class V>
   BCOS_INLINE V forward(V l, V rn) const {

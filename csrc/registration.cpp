@@ -6,29 +6,34 @@
 #include "cpu/pointwise.h"
 #include "cpu/tile.h"
 
+#if defined(BCOS_WITH_CUDA)
+#include "cuda/layer.h"
+#endif
+
 TORCH_LIBRARY(bcos_native, m) {
   m.def(
-      "conv2d(Tensor x, Tensor weight, Tensor? bias, float b, int form, int[] stride, int[] padding, int[] dilation,"
-      " int groups, int max_out, bool normalize_weight, bool keep_linear, bool keep_winner)"
-      " -> (Tensor y, Tensor norm, Tensor linear, Tensor winner)");
+      "conv2d(Tensor x, Tensor weight, Tensor? bias, float b, Tensor? learned_b, int form, int[] stride, int[] padding,"
+      " int[] dilation, int groups, int max_out, bool normalize_weight, bool keep_linear, bool keep_winner,"
+      " Tensor? squares) -> (Tensor y, Tensor norm, Tensor linear, Tensor winner)");
   m.def(
       "conv2d_backward(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor kept, Tensor norm, Tensor winner,"
-      " bool[4] needs, float b, int form, int[] stride, int[] padding, int[] dilation, int groups, int max_out,"
-      " bool normalize_weight, bool detach) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor db)");
+      " bool[4] needs, float b, Tensor? learned_b, int form, int[] stride, int[] padding, int[] dilation, int groups,"
+      " int max_out, bool normalize_weight, bool detach) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor db)");
   m.def(
-      "linear(Tensor x, Tensor weight, Tensor? bias, float b, int form, int max_out, bool normalize_weight,"
-      " bool keep_linear, bool keep_winner) -> (Tensor y, Tensor norm, Tensor linear, Tensor winner)");
+      "linear(Tensor x, Tensor weight, Tensor? bias, float b, Tensor? learned_b, int form, int max_out,"
+      " bool normalize_weight, bool keep_linear, bool keep_winner)"
+      " -> (Tensor y, Tensor norm, Tensor linear, Tensor winner)");
   m.def(
       "linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor kept, Tensor norm, Tensor winner,"
-      " bool[4] needs, float b, int form, int max_out, bool normalize_weight, bool detach)"
+      " bool[4] needs, float b, Tensor? learned_b, int form, int max_out, bool normalize_weight, bool detach)"
       " -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor db)");
   m.def(
-      "batch_norm(Tensor x, Tensor? var, Tensor? weight, Tensor? bias, float eps)"
-      " -> (Tensor z, Tensor mean, Tensor batch_var)");
+      "batch_norm(Tensor x, Tensor? var, Tensor? weight, Tensor? bias, Tensor? residual, float eps, bool relu,"
+      " bool squares) -> (Tensor z, Tensor mean, Tensor batch_var, Tensor squares)");
   m.def(
-      "batch_norm_backward(Tensor grad, Tensor x, Tensor mean, Tensor var, Tensor? weight, float eps, bool batch_stats,"
-      " bool detach_var, bool needs_x, bool needs_weight, bool needs_bias)"
-      " -> (Tensor dx, Tensor dweight, Tensor dbias)");
+      "batch_norm_backward(Tensor grad, Tensor x, Tensor? z, Tensor mean, Tensor var, Tensor? weight, Tensor? bias,"
+      " float eps, bool relu, bool detach_var, bool[4] needs)"
+      " -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)");
   m.def("has_avx512() -> bool", &bcos::cpu::has_avx512);
   m.def("fuses_pointwise() -> bool", &bcos::cpu::pointwise_available);
 }
@@ -41,3 +46,14 @@ TORCH_LIBRARY_IMPL(bcos_native, CPU, m) {
   m.impl("batch_norm", &bcos::cpu::batch_norm);
   m.impl("batch_norm_backward", &bcos::cpu::batch_norm_backward);
 }
+
+#if defined(BCOS_WITH_CUDA)
+TORCH_LIBRARY_FRAGMENT(bcos_native, m) { m.def("force_fused(bool? fused) -> ()", &bcos::cuda::force_fused); }
+
+TORCH_LIBRARY_IMPL(bcos_native, CUDA, m) {
+  m.impl("conv2d", &bcos::cuda::conv2d);
+  m.impl("conv2d_backward", &bcos::cuda::conv2d_backward);
+  m.impl("linear", &bcos::cuda::linear);
+  m.impl("linear_backward", &bcos::cuda::linear_backward);
+}
+#endif

@@ -2,41 +2,66 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 
 import bcos_kernels as bk
+from bcos_kernels.contract import accumulator
+from bcos_kernels.functional import batch_norm_with_squares
 from tests.tolerances import GRADIENT, OUTPUT, assert_close
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+#: what may follow the norm in the same pass: (a residual, ReLU)
+FOLLOWED = pytest.mark.parametrize(
+    ("residual", "relu"), [(False, False), (False, True), (True, False), (True, True)], ids=["", "relu", "+", "+ relu"]
+)
 
 
-def inputs(dtype: torch.dtype = torch.float64, shape: tuple[int, ...] = (3, 4, 5, 7)) -> list[torch.Tensor]:
+def inputs(
+    dtype: torch.dtype = torch.float64, shape: tuple[int, ...] = (3, 4, 5, 7), *, residual: bool = False
+) -> list[torch.Tensor]:
+    """x, weight, bias, and a residual where wanted."""
     rng = torch.Generator().manual_seed(0)
     x = torch.randn(shape, generator=rng, dtype=torch.float64) * 2 + 1
     weight, bias = (torch.randn(shape[1], generator=rng, dtype=torch.float64) for _ in range(2))
-    return [t.to(dtype).requires_grad_() for t in (x, weight, bias)]
+    more = [torch.randn(shape, generator=rng, dtype=torch.float64)] if residual else []
+    return [t.to(dtype).requires_grad_() for t in (x, weight, bias, *more)]
+
+
+def run(tensors: list[torch.Tensor], var: torch.Tensor | None, **options: Any) -> torch.Tensor:
+    x, weight, bias, residual = (*tensors, None)[:4]
+    return bk.batch_norm_uncentered2d(x, var, weight, bias, residual=residual, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("detach", [False, True])
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_equals_reference(dtype: torch.dtype, detach: bool, training: bool, memory_format: torch.memory_format) -> None:
-    tensors = inputs(dtype)
+@pytest.mark.parametrize("backend", ["auto", "portable"])
+@FOLLOWED
+def test_equals_reference(
+    dtype: torch.dtype,
+    detach: bool,
+    training: bool,
+    memory_format: torch.memory_format,
+    backend: str,
+    residual: bool,
+    relu: bool,
+) -> None:
+    tensors = inputs(dtype, residual=residual)
     tensors[0] = tensors[0].detach().to(memory_format=memory_format).requires_grad_()
     exact = [t.detach().double().requires_grad_() for t in tensors]
     running = torch.rand(4, dtype=torch.float64) + 0.5
     variances = [running.to(torch.float32 if dtype != torch.float64 else dtype), running.clone()]
     results = []
-    for (x, weight, bias), var, backend in ((tensors, variances[0], "auto"), (exact, variances[1], "reference")):
-        z = bk.batch_norm_uncentered2d(
-            x, var, weight, bias, training=training, detach_var=detach, momentum=0.3, backend=backend
-        )
+    for leaves, var, name in ((tensors, variances[0], backend), (exact, variances[1], "reference")):
+        z = run(leaves, var, training=training, relu=relu, detach_var=detach, momentum=0.3, backend=name)
         upstream = torch.linspace(-1, 1, z.numel(), dtype=torch.float64).view(z.shape).to(z.dtype)
-        results.append([z, *torch.autograd.grad(z, (x, weight, bias), upstream)])
-    for name, a, e in zip(("z", "dx", "dweight", "dbias"), *results, strict=True):
+        results.append([z, *torch.autograd.grad(z, leaves, upstream)])
+    for name, a, e in zip(("z", "dx", "dweight", "dbias", "dresidual"), *results, strict=False):
         assert a.dtype == dtype
         assert_close(a, e, OUTPUT if name == "z" else GRADIENT, name)
     assert results[0][0].is_contiguous(memory_format=memory_format)
@@ -45,24 +70,77 @@ def test_equals_reference(dtype: torch.dtype, detach: bool, training: bool, memo
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("affine", [(False, False), (True, False), (True, True)])
-def test_gradcheck(training: bool, affine: tuple[bool, bool]) -> None:
-    x, weight, bias = inputs(shape=(2, 3, 2, 3))
+@FOLLOWED
+def test_gradcheck(training: bool, affine: tuple[bool, bool], residual: bool, relu: bool) -> None:
     var = torch.rand(3, dtype=torch.float64) + 0.5
+    present = (True, *affine, residual)
+    leaves = inputs(shape=(2, 3, 2, 3), residual=residual)
+    tensors = [t for t, wanted in zip(leaves, present, strict=False) if wanted]
 
-    def run(*tensors: torch.Tensor) -> torch.Tensor:
-        weight, bias = (*tensors[1:], None, None)[:2]
-        return bk.batch_norm_uncentered2d(tensors[0], var.clone(), weight, bias, training=training)
+    def call(*given: torch.Tensor) -> torch.Tensor:
+        rest = iter(given)
+        x, weight, bias, more = (next(rest) if wanted else None for wanted in present)
+        return bk.batch_norm_uncentered2d(x, var.clone(), weight, bias, residual=more, relu=relu, training=training)
 
-    tensors = [t for t, wanted in zip((x, weight, bias), (True, *affine), strict=True) if wanted]
-    assert gradcheck(run, tensors)
-    assert gradgradcheck(run, tensors)
+    assert gradcheck(call, tensors)
+    assert gradgradcheck(call, tensors)
 
 
-def test_second_derivative_in_explanation_mode_is_the_true_one() -> None:
-    x, weight, _ = inputs(shape=(2, 3, 2, 3))
-    assert gradgradcheck(
-        lambda x, w: bk.batch_norm_uncentered2d(x, None, w, training=True, detach_var=True), (x, weight)
+@FOLLOWED
+def test_second_derivative_in_explanation_mode_is_the_true_one(residual: bool, relu: bool) -> None:
+    x, weight, _, *more = inputs(shape=(2, 3, 2, 3), residual=residual)
+
+    def call(x: torch.Tensor, w: torch.Tensor, *more: torch.Tensor) -> torch.Tensor:
+        return run([x, w, None, *more], None, training=True, relu=relu, detach_var=True)
+
+    assert gradgradcheck(call, (x, weight, *more))
+
+
+def test_relu_keeps_its_output_only_behind_a_residual() -> None:
+    """Without one, the sign is found from x again: nothing but x and the channels' own values is kept."""
+    for residual in (False, True):
+        tensors = inputs(torch.float32, residual=residual)
+        kept: list[torch.Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
+            z = run(tensors, None, training=True, relu=True)
+        full = [t for t in kept if t.shape == z.shape]
+        assert [t.data_ptr() for t in full] == [t.data_ptr() for t in ([tensors[0], z] if residual else [tensors[0]])]
+
+
+def test_residual_of_another_memory_format() -> None:
+    tensors = inputs(residual=True)
+    expected = run(tensors, None, training=True, relu=True, backend="reference")
+    last = [t.detach().contiguous(memory_format=torch.channels_last).requires_grad_() for t in tensors[3:]]
+    for backend in ("auto", "portable"):
+        z = run([*tensors[:3], *last], None, training=True, relu=True, backend=backend)
+        assert z.is_contiguous()
+        assert_close(z, expected, OUTPUT)
+        found = torch.autograd.grad(z.sum(), last)[0]
+        assert_close(found, torch.autograd.grad(expected.sum(), tensors[3], retain_graph=True)[0], GRADIENT)
+
+
+@pytest.mark.parametrize("backend", ["auto", "portable"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_squares_are_those_of_the_result(backend: str, dtype: torch.dtype, memory_format: torch.memory_format) -> None:
+    x, weight, bias, residual = inputs(dtype, residual=True)
+    z, squares = batch_norm_with_squares(
+        x.detach().to(memory_format=memory_format).requires_grad_(),
+        None,
+        weight,
+        bias,
+        training=True,
+        residual=residual,
+        relu=True,
+        momentum=0.1,
+        eps=1e-5,
+        detach_var=False,
+        backend=backend,
     )
+    assert squares is not None
+    assert squares.dtype == accumulator(dtype)
+    assert not squares.requires_grad
+    assert_close(squares, z.double().square().sum(1, keepdim=True), {torch.float64: 1e-12, torch.float32: 1e-6})
 
 
 def test_mixed_precision_parameters() -> None:

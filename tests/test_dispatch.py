@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import bcos_kernels as bk
-from bcos_kernels import dispatch, portable
+from bcos_kernels import choice, dispatch, portable
 
 X, W = torch.randn(1, 3, 4, 4), torch.randn(2, 3, 1, 1)
 
@@ -26,8 +26,11 @@ def picky(monkeypatch: pytest.MonkeyPatch) -> Iterator[types.ModuleType]:
     module.conv2d_backward = portable.conv2d_backward
     monkeypatch.setitem(sys.modules, "tests.picky", module)
     monkeypatch.setattr(dispatch, "BACKENDS", {"picky": "tests.picky", **dispatch.BACKENDS})
+    monkeypatch.setattr(choice, "table", dict)  # nothing was measured
+    dispatch.forget()
     with dispatch.forget_logged():
         yield module
+    dispatch.forget()
 
 
 def is_picky(y: torch.Tensor) -> bool:
@@ -53,6 +56,7 @@ def test_named_backend_that_cannot_run_raises_its_sentence(picky: types.ModuleTy
 
 def test_unavailable_backend(picky: types.ModuleType) -> None:
     picky.unavailable = lambda: "picky: out today"
+    dispatch.forget()
     assert bk.available_backends()["picky"] == "picky: out today"
     assert not is_picky(bk.bcos_conv2d(X, W))
     with pytest.raises(RuntimeError, match="picky: out today"):
@@ -61,6 +65,7 @@ def test_unavailable_backend(picky: types.ModuleType) -> None:
 
 def test_backend_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "BACKENDS", {"gone": "bcos_kernels.gone", **dispatch.BACKENDS})
+    dispatch.forget()
     assert "gone: cannot be imported" in str(bk.available_backends()["gone"])
     assert bk.bcos_conv2d(X, W).shape == (1, 2, 4, 4)
 

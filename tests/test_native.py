@@ -19,7 +19,7 @@ from torch import Tensor
 
 import bcos_kernels as bk
 from bcos_kernels import dispatch, native, portable
-from bcos_kernels.contract import Call, Needs, Options, Saved
+from bcos_kernels.contract import Call, Needs, NormNeeds, NormOptions, Options, Saved
 from tests.op_cases import Case, matrix, modes
 from tests.tolerances import GRADIENT, OUTPUT, assert_close
 
@@ -468,15 +468,48 @@ def norm_inputs(shape: tuple[int, ...], fmt: torch.memory_format, offset: float 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("fmt", [CHANNELS_LAST, CONTIGUOUS], ids=lambda f: str(f)[6:])
 @pytest.mark.parametrize("shape", [(3, 37, 7, 9), (4, 6, 40, 40), (5, 300, 1, 1), (1, 1, 3, 5)], ids=str)
-def test_batch_norm(shape: tuple[int, ...], fmt: torch.memory_format, dtype: torch.dtype) -> None:
-    def call(x: Tensor, weight: Tensor | None, bias: Tensor | None, *, b: Any, backend: str, **kw: Any) -> Tensor:
-        running = torch.linspace(0.5, 2, x.shape[1], dtype=x.dtype)
-        return bk.batch_norm_uncentered2d(x, running, weight, bias, backend=backend, **kw)
+@pytest.mark.parametrize(("add", "relu"), [(False, False), (False, True), (True, True), (True, False)])
+def test_batch_norm(
+    shape: tuple[int, ...], fmt: torch.memory_format, dtype: torch.dtype, add: bool, relu: bool
+) -> None:
+    def call(x: Tensor, weight: Tensor | None, bias: Tensor | None, *more: Tensor, b: Any, **kw: Any) -> Tensor:
+        # the same in every dtype: where a ReLU's gradient jumps, another rounding is another result
+        running = torch.linspace(0.5, 2, x.shape[1], dtype=torch.bfloat16).to(x.dtype)
+        residual = more[0] if more else None
+        return bk.batch_norm_uncentered2d(x, running, weight, bias, residual=residual, relu=relu, **kw)
 
     x, weight, bias = norm_inputs(shape, fmt)
+    more = [torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))] if add else []
     for training, detach in itertools.product((True, False), repeat=2):
         for tensors in ([x, weight, bias], [x, weight, None], [x, None, None]):
-            check(call, list(tensors), None, dtype, training=training, detach_var=detach)
+            check(call, [*tensors, *more], None, dtype, training=training, detach_var=detach)
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("fmt", [CHANNELS_LAST, CONTIGUOUS], ids=lambda f: str(f)[6:])
+def test_batch_norm_contract(fmt: torch.memory_format, dtype: torch.dtype) -> None:
+    """Like the portable backend: what is kept; every choice of gradients; no argument is written to."""
+    x, weight, bias = (t.to(dtype) for t in norm_inputs((3, 37, 7, 9), fmt))
+    residual = torch.randn_like(x)
+    for more, relu, shift in itertools.product((None, residual), (False, True), (None, bias)):
+        options = NormOptions(1e-5, relu=relu, squares=True)
+        ours = native.batch_norm_uncentered2d(x, None, weight, shift, more, options)
+        theirs = portable.batch_norm_uncentered2d(x, None, weight, shift, more, options)
+        for a, t in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, t, rtol=1e-5, atol=1e-5)
+        z = ours.z if relu and more is not None else None
+        grad = torch.randn_like(x)
+        arguments = (grad, x, z, ours.mean, ours.var, weight, shift)
+        copies = [None if t is None else t.clone() for t in arguments]
+        for flags in itertools.product((False, True), repeat=4):
+            needs = NormNeeds(*flags)
+            needs = needs._replace(bias=needs.bias and shift is not None, residual=needs.residual and z is not None)
+            got = native.batch_norm_uncentered2d_backward(*arguments, options, needs)
+            want = portable.batch_norm_uncentered2d_backward(*arguments, options, needs)
+            for a, t in zip(got, want, strict=True):
+                torch.testing.assert_close(a, t, rtol=1e-4, atol=1e-4)
+        assert all(t is None or torch.equal(t, c) for t, c in zip(arguments, copies, strict=True))
 
 
 @needs_extension
@@ -485,7 +518,7 @@ def test_batch_norm_far_from_zero(fmt: torch.memory_format) -> None:
     """A mean of 1000 deviations: sums of squares would lose the variance in float32."""
     x, *_ = norm_inputs((4, 20, 33, 35), fmt, offset=2000.0)
     x = x.float()
-    _, mean, var = native.batch_norm_uncentered2d(x, None, None, None, 1e-5)
+    _, mean, var, _ = native.batch_norm_uncentered2d(x, None, None, None, None, NormOptions(1e-5))
     truth_var, truth_mean = torch.var_mean(x.double(), (0, 2, 3), unbiased=False)
     torch.testing.assert_close(var.double(), truth_var, rtol=2e-6, atol=0)
     torch.testing.assert_close(mean.double(), truth_mean, rtol=2e-7, atol=0)
@@ -493,9 +526,11 @@ def test_batch_norm_far_from_zero(fmt: torch.memory_format) -> None:
 
 @needs_extension
 def test_batch_norm_of_nothing() -> None:
-    z, mean, var = native.batch_norm_uncentered2d(torch.empty(0, 3, 4, 4), None, torch.ones(3), None, 1e-5)
-    assert z.shape == (0, 3, 4, 4)
-    assert mean.shape == var.shape == (3,)
+    options = NormOptions(1e-5, squares=True)
+    f = native.batch_norm_uncentered2d(torch.empty(0, 3, 4, 4), None, torch.ones(3), None, None, options)
+    assert f.z.shape == (0, 3, 4, 4)
+    assert f.mean.shape == f.var.shape == (3,)
+    assert f.squares.shape == (0, 1, 4, 4)
 
 
 @needs_extension

@@ -46,7 +46,7 @@ def operator_arguments(case: Case, dtype: torch.dtype = torch.float64) -> tuple[
     scalars: list[Any] = [2.0 if b == LEARNABLE else float(b)]
     if case.is_conv:
         scalars += [pair("stride", 1), pair("padding", 0), pair("dilation", 1), o.get("groups", 1)]
-    scalars += [o.get("max_out", 1), o.get("normalize_weight", False), o.get("detach_scale", False), True, "auto"]
+    scalars += [o.get("max_out", 1), o.get("normalize_weight", False), o.get("detach_scale", False), None, True, "auto"]
     return (tensors["x"], tensors["weight"], tensors.get("bias"), tensors.get("b"), *scalars)
 
 
@@ -82,7 +82,7 @@ def test_opcheck_backward(case: Case) -> None:
         norm.detach(),
         winner,
         needs,
-        *scalars[:-2],
+        *scalars[:-3],
         "auto",
     )
     operator = getattr(torch.ops.bcos, f"{kind}_backward").default
@@ -98,17 +98,21 @@ def test_opcheck_memory_formats(memory_format: torch.memory_format) -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("detach", [True, False])
-def test_opcheck_batch_norm(training: bool, detach: bool) -> None:
-    x = torch.randn(3, 4, 5, 2, dtype=torch.float64, requires_grad=True)
+@pytest.mark.parametrize(("add", "relu"), [(False, False), (False, True), (True, True), (True, False)])
+def test_opcheck_batch_norm(training: bool, detach: bool, add: bool, relu: bool) -> None:
+    x, residual = (torch.randn(3, 4, 5, 2, dtype=torch.float64, requires_grad=True) for _ in range(2))
     weight, bias = (torch.randn(4, dtype=torch.float64, requires_grad=True) for _ in range(2))
     var = None if training else torch.rand(4, dtype=torch.float64)
     op = torch.ops.bcos.batch_norm_uncentered2d
-    torch.library.opcheck(op.default, (x, var, weight, bias, 1e-5, detach, "auto"))
-    z, mean, batch_var = op(x, var, weight, bias, 1e-5, detach, "auto")
+    arguments = (x, var, weight, bias, residual if add else None, 1e-5, relu, detach, training, "auto")
+    torch.library.opcheck(op.default, arguments)
+    z, mean, batch_var, _ = op(*arguments)
     known = batch_var if var is None else var
+    masks = z.detach() if add and relu else None
+    needs = [True, True, True, masks is not None]
     torch.library.opcheck(
         torch.ops.bcos.batch_norm_uncentered2d_backward.default,
-        (torch.randn_like(z), x, mean, known, weight, bias, [True] * 3, 1e-5, training, detach, "auto"),
+        (torch.randn_like(z), x, masks, mean, known, weight, bias, needs, 1e-5, relu, detach, "auto"),
     )
 
 

@@ -28,7 +28,16 @@ if not INTERPRETED and not torch.cuda.is_available():
     pytest.skip("needs a GPU or TRITON_INTERPRET=1 (test_triton_interpreter.py)", allow_module_level=True)
 pytest.importorskip("triton")
 
-from bcos_kernels.triton import batch_norm, common, elementwise, epilogue, layers, linear, tiles  # noqa: E402
+from bcos_kernels.triton import (  # noqa: E402
+    batch_norm,
+    common,
+    elementwise,
+    epilogue,
+    layer_norm,
+    layers,
+    linear,
+    tiles,
+)
 from bcos_kernels.triton import conv2d as direct  # noqa: E402
 
 pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
@@ -322,6 +331,23 @@ def test_norm_may_be_given() -> None:
     assert_close(linear.forward(*args, norm=norm)[0], linear.forward(*args)[0].double(), OUTPUT)
 
 
+@FUSED
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [s for s in SHAPES if "groups" not in s.options], ids=lambda s: s.name)
+def test_squares_may_be_given(shape: Case, dtype: torch.dtype, fused: bool) -> None:
+    """They change nothing; and wrong ones, four times as large, halve the result, so nothing is computed a second time."""
+    tensors = shape.inputs(dtype, device=DEVICE)
+    squares = (
+        tensors["x"].detach().to(contract.accumulator(dtype)).square().sum(1 if shape.is_conv else -1, keepdim=True)
+    )
+    with tiles.force(fused):
+        plain, given = (gradients(shape, tensors, backend="triton", squares=s) for s in (None, squares))
+        halved = shape.run(tensors, backend="triton", squares=4 * squares)
+    for name, value in given.items():
+        assert_close(value, plain[name], OUTPUT if name == "y" else GRADIENT, name)
+    assert_close(halved.to(torch.float32), plain["y"] / 2, {torch.float32: 2e-2})
+
+
 @pytest.mark.parametrize("shape", [(64, 48), (5, 7)], ids=["descriptors", "pointers"])
 def test_tensor_descriptors_where_rows_are_aligned(shape: tuple[int, int]) -> None:
     x, w = torch.randn(shape, device=DEVICE), torch.randn(3, shape[1], device=DEVICE)
@@ -362,7 +388,7 @@ def test_compile_and_opcheck() -> None:
     compiled = torch.autograd.grad(torch.compile(step, fullgraph=True, backend="aot_eager")(x, w), (x, w))
     for a, e in zip(compiled, eager, strict=True):
         assert_close(a, e.double(), GRADIENT)
-    args = (x, w, None, None, 2.0, [1, 1], [1, 1], [1, 1], 1, 1, False, False, True, "triton")
+    args = (x, w, None, None, 2.0, [1, 1], [1, 1], [1, 1], 1, 1, False, False, None, True, "triton")
     torch.library.opcheck(torch.ops.bcos.conv2d.default, args)
 
 
@@ -374,8 +400,15 @@ def test_compile_and_opcheck() -> None:
 @pytest.mark.parametrize("detach_var", [True, False])
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("fmt", [torch.channels_last, torch.contiguous_format], ids=str)
+@pytest.mark.parametrize(("residual", "relu"), [(False, False), (False, True), (True, True), (True, False)])
 def test_batch_norm(
-    dtype: torch.dtype, training: bool, detach_var: bool, affine: bool, fmt: torch.memory_format
+    dtype: torch.dtype,
+    training: bool,
+    detach_var: bool,
+    affine: bool,
+    fmt: torch.memory_format,
+    residual: bool,
+    relu: bool,
 ) -> None:
     rng = torch.Generator().manual_seed(3)
 
@@ -384,13 +417,21 @@ def test_batch_norm(
 
     x = (leaf(3, 5, 7, 6) + 1).contiguous(memory_format=fmt).requires_grad_()
     params = [leaf(5).requires_grad_(), leaf(5).requires_grad_()] if affine else []
+    more = [leaf(3, 5, 7, 6).requires_grad_()] if residual else []
     grad = leaf(3, 7, 6, 5).permute(0, 3, 1, 2)
     results = []
     for backend, cast in (("triton", dtype), ("reference", torch.float64)):
-        tensors = [t.detach().to(cast).requires_grad_() for t in (x, *params)]
+        tensors = [t.detach().to(cast).requires_grad_() for t in (x, *params, *more)]
         running = (torch.arange(1.0, 6.0) / 3).to(DEVICE, cast)
         z = bk.batch_norm_uncentered2d(
-            tensors[0], running, *tensors[1:], training=training, detach_var=detach_var, backend=backend
+            tensors[0],
+            running,
+            *tensors[1 : 1 + len(params)],
+            residual=tensors[-1] if residual else None,
+            relu=relu,
+            training=training,
+            detach_var=detach_var,
+            backend=backend,
         )
         results.append((z, running, *torch.autograd.grad(z, tensors, grad.to(cast))))
     for i, (actual, expected) in enumerate(zip(*results, strict=True)):
@@ -418,17 +459,27 @@ def test_batch_norm_many_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_close(var, exact_var, OUTPUT)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("fmt", [torch.channels_last, torch.contiguous_format], ids=str)
-def test_batch_norm_with_residual_relu_and_squares(fmt: torch.memory_format) -> None:
-    x, residual = (torch.randn(2, 70, 5, 4, device=DEVICE).contiguous(memory_format=fmt) for _ in range(2))
-    var, weight = torch.rand(70, device=DEVICE) + 1, torch.randn(70, device=DEVICE)
-    z, squares = batch_norm.apply(
-        x, common.layout(x), var, weight, None, 1e-5, residual=residual, relu=True, squares=True
-    )
-    expected = (reference.batch_norm_uncentered2d(x.double(), var.double(), weight.double()) + residual).relu()
-    assert_close(z, expected, OUTPUT)
-    assert squares is not None
-    assert_close(squares.view(2, 5, 4), expected.square().sum(1), OUTPUT)
+def test_batch_norm_squares_are_those_of_the_result(fmt: torch.memory_format, dtype: torch.dtype) -> None:
+    x, residual = (torch.randn(2, 70, 5, 4, device=DEVICE).to(dtype, memory_format=fmt) for _ in range(2))
+    options = contract.NormOptions(1e-5, relu=True, squares=True)
+    f = batch_norm.batch_norm_uncentered2d(x, None, None, None, residual, options)
+    assert_close(f.squares, f.z.double().square().sum(1, keepdim=True), OUTPUT)
+
+
+def test_batch_norm_gradcheck() -> None:
+    x, residual = (torch.randn(2, 3, 2, 3, dtype=torch.float64, device=DEVICE, requires_grad=True) for _ in range(2))
+    weight, bias = (torch.randn(3, dtype=torch.float64, device=DEVICE, requires_grad=True) for _ in range(2))
+
+    def norm(x: Tensor, weight: Tensor, bias: Tensor, *residual: Tensor) -> Tensor:
+        more = residual[0] if residual else None
+        return bk.batch_norm_uncentered2d(
+            x, None, weight, bias, residual=more, relu=True, training=True, backend="triton"
+        )
+
+    assert torch.autograd.gradcheck(norm, (x, weight, bias), fast_mode=True)
+    assert torch.autograd.gradcheck(norm, (x, weight, bias, residual), fast_mode=True)
 
 
 def test_batch_norm_empty() -> None:
@@ -437,6 +488,54 @@ def test_batch_norm_empty() -> None:
     z = bk.batch_norm_uncentered2d(x, None, w, training=True, backend="triton")
     dx, dw = torch.autograd.grad(z.sum(), (x, w))
     assert (z.shape, dx.shape, dw.shape) == (x.shape, x.shape, w.shape)
+
+
+# ---- layer norm
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("detach_var", [True, False])
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("shape", [(3, 5, 17), (2, 4, 300), (7,), (300, 20), (2, 3, 4, 6)], ids=str)
+def test_layer_norm(shape: tuple[int, ...], affine: bool, detach_var: bool, dtype: torch.dtype) -> None:
+    rng = torch.Generator().manual_seed(3)
+
+    def leaf(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=rng).to(DEVICE, dtype)
+
+    over = shape[-2:] if len(shape) == 4 else shape[-1:]
+    given = [leaf(*shape) + 1, *((leaf(*over), leaf(*over)) if affine else ())]
+    grad = leaf(*shape[::-1]).permute(*range(len(shape))[::-1])
+    results = []
+    for backend, cast in (("triton", dtype), ("reference", torch.float64)):
+        tensors = [t.to(cast).requires_grad_() for t in given]
+        z = bk.layer_norm(tensors[0], over, *tensors[1:], detach_var=detach_var, backend=backend)
+        results.append((z, *torch.autograd.grad(z, tensors, grad.to(cast))))
+    for i, (actual, expected) in enumerate(zip(*results, strict=True)):
+        assert_close(actual, expected, GRADIENT if i else OUTPUT, f"result {i}")
+
+
+def test_layer_norm_far_from_zero_and_squares() -> None:
+    x = torch.randn(9, 500, device=DEVICE) + 1000
+    f = layer_norm.layer_norm(x, None, None, contract.LayerNormOptions(1, 1e-5, squares=True))
+    exact_var, exact_mean = torch.var_mean(x.double(), 1, unbiased=False, keepdim=True)
+    assert_close(f.mean, exact_mean, OUTPUT)
+    assert_close(f.rstd, (exact_var + 1e-5).rsqrt(), {torch.float32: 1e-4})
+    assert_close(f.squares, f.z.double().square().sum(1, keepdim=True), OUTPUT)
+
+
+def test_layer_norm_empty_and_unwanted() -> None:
+    x = torch.randn(0, 5, device=DEVICE)
+    options = contract.LayerNormOptions(1, 1e-5, squares=True)
+    f = layer_norm.layer_norm(x, None, None, options)
+    assert (f.z.shape, f.mean.shape, f.squares.shape) == ((0, 5), (0, 1), (0, 1))
+    for given in (x, torch.randn(3, 5, device=DEVICE)):
+        f = layer_norm.layer_norm(given, None, None, options)
+        for needs in (contract.LayerNormNeeds(False, True, False), contract.LayerNormNeeds(True, False, True)):
+            found = layer_norm.layer_norm_backward(given, given, f.mean, f.rstd, x.new_ones(5), None, options, needs)
+            assert [t.shape if want else t.numel() for t, want in zip(found, needs, strict=True)] == [
+                shape if want else 0 for shape, want in zip((given.shape, (5,), (5,)), needs, strict=True)
+            ]
 
 
 # ---- choice of backend and tile

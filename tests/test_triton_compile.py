@@ -11,13 +11,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from bcos_kernels.contract import Forward, Needs, Options, Saved
+from bcos_kernels.contract import (
+    Forward,
+    LayerNormNeeds,
+    LayerNormOptions,
+    Needs,
+    NormNeeds,
+    NormOptions,
+    Options,
+    Saved,
+)
 
 pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter does not compile", allow_module_level=True)
 
-from bcos_kernels.triton import batch_norm, common, layers, tiles
+from bcos_kernels.triton import batch_norm, layer_norm, layers, tiles
 from tests.triton_compile import Launch, compile_for, recorded, source
 
 #: By architecture: the row of the tile table, and what a matrix product of the tensor cores looks like.
@@ -27,6 +36,7 @@ EVERY_KERNEL = PRODUCTS | {
     "conv2d.depthwise",
     *(f"elementwise.{k}" for k in ("squares", "window_root", "scale", "scale_backward", "add_pull")),
     *(f"batch_norm.{k}" for k in ("statistics", "merge_statistics", "apply", "sums", "input_gradient")),
+    *(f"layer_norm.{k}" for k in ("apply", "input_gradient", "parameter_gradients")),
 }
 
 THREE = Options(padding=(1, 1))
@@ -76,9 +86,19 @@ def launches(dtype: torch.dtype, device_class: str) -> list[Launch]:
                 both_passes(dtype, (4, 64, 28, 28), (256, 64, 1, 1), Options(max_out=2))
         x = torch.zeros(4, 256, 28, 28, dtype=dtype).contiguous(memory_format=torch.channels_last)
         weight = torch.zeros(256, dtype=dtype)
-        _, mean, var = batch_norm.batch_norm_uncentered2d(x, None, weight, weight, 1e-5)
-        batch_norm.batch_norm_uncentered2d_backward(x, x, mean, var, weight, 1e-5, True, False, (True, True, True))
-        batch_norm.apply(x, common.layout(x), var, weight, None, 1e-5, residual=x, relu=True, squares=True)
+        for bias, residual, relu in ((weight, None, False), (None, None, True), (weight, None, True), (None, x, True)):
+            options = NormOptions(1e-5, relu, squares=residual is not None)
+            f = batch_norm.batch_norm_uncentered2d(x, None, weight, bias, residual, options)
+            for behind in {residual is not None, False}:
+                needs = NormNeeds(True, True, bias is not None, behind)
+                kept = None if residual is None else f.z
+                batch_norm.batch_norm_uncentered2d_backward(x, x, kept, f.mean, f.var, weight, bias, options, needs)
+        rows = torch.zeros(512, 1024, dtype=dtype)
+        for parameter, detach in ((weight.new_zeros(1024), False), (None, True)):
+            options = LayerNormOptions(1, 1e-5, detach, squares=True)
+            f = layer_norm.layer_norm(rows, parameter, parameter, options)
+            wanted = LayerNormNeeds(True, parameter is not None, parameter is not None)
+            layer_norm.layer_norm_backward(rows, rows, f.mean, f.rstd, parameter, parameter, options, wanted)
     return found
 
 
@@ -93,28 +113,48 @@ def distinct(found: list[Launch]) -> Iterator[Launch]:
 
 
 @pytest.fixture(autouse=True)
-def _tf32() -> Iterator[None]:
-    """float32 on the tensor cores in both operations: the path without them is compiled with float64's."""
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
+def _precisions() -> Iterator[None]:
+    """Both are put back; :func:`test_compiles_without_spills` sets them."""
+    matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    before = matmul.fp32_precision, conv.fp32_precision
     yield
-    torch.backends.cuda.matmul.fp32_precision = before
+    matmul.fp32_precision, conv.fp32_precision = before
+
+
+#: By name: dtype, and what float32 products are allowed.
+FORMATS = {
+    "bfloat16": (torch.bfloat16, "ieee"),
+    "float16": (torch.float16, "ieee"),
+    "tf32": (torch.float32, "tf32"),
+    "float32": (torch.float32, "ieee"),
+    "float64": (torch.float64, "ieee"),
+}
+#: float32 without TF32 has other products than with it; float16, unlike bfloat16, keeps the linear output.
+COMPILED = {
+    "float32": PRODUCTS,
+    "float16": PRODUCTS | {"conv2d.depthwise", "elementwise.scale", "elementwise.scale_backward"},
+}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
-def test_compiles_without_spills(dtype: torch.dtype, arch: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", FORMATS)
+def test_compiles_without_spills(name: str, arch: int, tmp_path: Path) -> None:
     device_class, instruction = ARCHITECTURES[arch]
+    dtype, precision = FORMATS[name]
+    torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = precision
+    on_tensor_cores = dtype.itemsize == 2 or name == "tf32"
     names, wrong = set(), []
     for launch in distinct(launches(dtype, device_class)):
         names.add(launch.name)
+        if launch.name not in COMPILED.get(name, EVERY_KERNEL):
+            continue
         compiled = compile_for(launch, arch, tmp_path)
-        print(f"{arch} {dtype} {launch.name}: {compiled.registers} registers, {compiled.shared} bytes shared")
+        print(f"{arch} {name} {launch.name}: {compiled.registers} registers, {compiled.shared} bytes shared")
         if compiled.spilled:
             constants = {k: v for k, v in launch.arguments.items() if k.isupper()}
             wrong.append(f"{launch.name} {constants} {launch.options}: {compiled.spilled} bytes spilled")
-        if launch.name in PRODUCTS and dtype != torch.float64 and instruction not in compiled.ptx:
+        if launch.name in PRODUCTS and on_tensor_cores and instruction not in compiled.ptx:
             wrong.append(f"{launch.name}: no {instruction}")
         limit = 163 if device_class == "sm80" else 227
         if compiled.shared > limit * 1024:

@@ -4,6 +4,7 @@ from bcos_kernels.modules.activation import DetachableGELU, DetachableHardswish,
 from bcos_kernels.modules.attention import ATTENTIONS, AttentionPool2d, DetachableAttention
 from bcos_kernels.modules.bcos import BcosConv2d, BcosLinear, BcosMapClassifier
 from bcos_kernels.modules.detachable import DetachableModule
+from bcos_kernels.modules.fused import FusedSequential, norm_relu, norm_relu_conv
 from bcos_kernels.modules.gate import DetachableSqueezeExcitation
 from bcos_kernels.modules.logit import LogitLayer
 from bcos_kernels.modules.norm import (
@@ -13,6 +14,7 @@ from bcos_kernels.modules.norm import (
     DetachableLayerNorm,
     DetachableLayerNorm2d,
 )
+from bcos_kernels.modules.similarity import CosineLogits
 from bcos_kernels.modules.transforms import AddInverse, Normalize
 
 __all__ = [
@@ -24,6 +26,7 @@ __all__ = [
     "BcosConv2d",
     "BcosLinear",
     "BcosMapClassifier",
+    "CosineLogits",
     "DetachableAttention",
     "DetachableGELU",
     "DetachableGroupNorm2d",
@@ -33,6 +36,9 @@ __all__ = [
     "DetachableModule",
     "DetachableSiLU",
     "DetachableSqueezeExcitation",
+    "FusedSequential",
     "LogitLayer",
     "Normalize",
+    "norm_relu",
+    "norm_relu_conv",
 ]

@@ -81,7 +81,11 @@ class AttentionPool2d(DetachableAttention):
     Shapes: ``[N, C, H, W]`` to ``[N, E]``. Children: ``q_proj``, ``k_proj``, ``v_proj``, ``c_proj``; ``source`` also has
     ``num_heads``. The positional embedding is kept only where asked for: B-cosification (arXiv 2411.00715) has none.
     ``c_proj`` may be a B-cos layer in name, as in the public checkpoints: its plain weight is what is applied.
+
+    With ``unpool`` set, nothing asks: every location is projected alone, to ``[N, H * W, E]`` (attention unpooling).
     """
+
+    unpool: bool = False
 
     structure = ("q_proj", "k_proj", "v_proj", "c_proj")
     plain = ("q_proj", "k_proj", "v_proj")
@@ -98,6 +102,8 @@ class AttentionPool2d(DetachableAttention):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.flatten(2).mT
+        if self.unpool:
+            return F.linear(self.v_proj(x), self.c_proj.weight, self.c_proj.bias)
         x = torch.cat([x.mean(1, keepdim=True), x], dim=1)
         if self.positional_embedding is not None:
             x = x + self.positional_embedding

@@ -96,7 +96,16 @@ class BcosConv2d(_BcosLayer):
         )
         self.in_channels, self.out_channels = in_channels, out_channels
 
+    @property
+    def takes_squares(self) -> bool:
+        """Whether :meth:`with_squares` can use them: there is one norm, and of the input as it is."""
+        return self.linear.groups == 1 and self.linear.padding_mode == "zeros"
+
     def forward(self, x: Tensor) -> Tensor:
+        return self.with_squares(x, None)
+
+    def with_squares(self, x: Tensor, squares: Tensor | None) -> Tensor:
+        """:meth:`forward` of an input whose sums of squares are known; see :func:`bcos_kernels.bcos_conv2d`."""
         conv = self.linear
         padding = conv.padding
         if conv.padding_mode != "zeros":
@@ -114,6 +123,7 @@ class BcosConv2d(_BcosLayer):
             max_out=self.max_out,
             normalize_weight=self.normalize_weight,
             detach_scale=self.detach,
+            squares=squares,
         )
 
 
@@ -175,6 +185,10 @@ class BcosLinear(_BcosLayer):
         self.in_features, self.out_features = in_features, out_features
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.with_squares(x, None)
+
+    def with_squares(self, x: Tensor, squares: Tensor | None) -> Tensor:
+        """:meth:`forward` of an input whose sums of squares are known; see :func:`bcos_kernels.bcos_linear`."""
         return bcos_linear(
             x,
             self.linear.weight,
@@ -183,4 +197,5 @@ class BcosLinear(_BcosLayer):
             max_out=self.max_out,
             normalize_weight=self.normalize_weight,
             detach_scale=self.detach,
+            squares=squares,
         )

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bcos_kernels import reference
-from bcos_kernels.functional import batch_norm_uncentered2d
-from bcos_kernels.modules.detachable import DetachableModule
+from bcos_kernels.functional import batch_norm_with_squares, layer_norm, layer_norm_with_squares
+from bcos_kernels.modules.detachable import DetachableModule, has_hooks
 
 
 class BatchNormUncentered2d(nn.BatchNorm2d, DetachableModule):
@@ -42,21 +42,38 @@ class BatchNormUncentered2d(nn.BatchNorm2d, DetachableModule):
             nn.init.zeros_(self.bias)
 
     def forward(self, input: Tensor) -> Tensor:
+        return self.followed(input)[0]
+
+    def followed(
+        self, input: Tensor, residual: Tensor | None = None, *, relu: bool = False, squares: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """The norm and what follows it in one operation: a residual, ReLU, the sums of squares for the next layer's norm.
+
+        See :func:`bcos_kernels.functional.batch_norm_with_squares`.
+        """
         momentum = self.momentum
         if self.training and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
             if momentum is None:  # cumulative average
                 momentum = 1.0 / float(self.num_batches_tracked)
-        return batch_norm_uncentered2d(
+        return batch_norm_with_squares(
             input,
             self.running_var,
             self.weight,
             self.bias,
             training=self.training or self.running_var is None,
+            residual=residual,
+            relu=relu,
             momentum=momentum if momentum is not None else 0.0,
             eps=self.eps,
             detach_var=self.detach,
+            squares=squares,
         )
+
+
+def is_plain_relu(module: nn.Module) -> bool:
+    """Whether nothing would be missed if the module were not called but its function applied."""
+    return type(module) is nn.ReLU and not has_hooks(module)
 
 
 class BatchNormActUncentered2d(BatchNormUncentered2d):
@@ -65,6 +82,8 @@ class BatchNormActUncentered2d(BatchNormUncentered2d):
     act: nn.Module
 
     def forward(self, input: Tensor) -> Tensor:
+        if is_plain_relu(self.act):
+            return self.followed(input, relu=True)[0]
         return self.act(super().forward(input))
 
 
@@ -74,7 +93,13 @@ class DetachableLayerNorm(nn.LayerNorm, DetachableModule):
     def forward(self, input: Tensor) -> Tensor:
         if not self.detach:
             return super().forward(input)
-        return reference.layer_norm(input, self.normalized_shape, self.weight, self.bias, eps=self.eps, detach_var=True)
+        return layer_norm(input, self.normalized_shape, self.weight, self.bias, eps=self.eps, detach_var=True)
+
+    def with_squares(self, input: Tensor) -> tuple[Tensor, Tensor | None]:
+        """:meth:`forward`, and the sums of squares for the next B-cos layer; see :func:`bcos_kernels.bcos_linear`."""
+        return layer_norm_with_squares(
+            input, self.normalized_shape, self.weight, self.bias, eps=self.eps, detach_var=self.detach
+        )
 
 
 class DetachableLayerNorm2d(DetachableLayerNorm):

@@ -1,4 +1,4 @@
-"""What ``dispatch`` sees of the Triton backend. Its operations are in ``layers`` and ``batch_norm``.
+"""What ``dispatch`` sees of the Triton backend. Its operations are in ``layers``, ``batch_norm`` and ``layer_norm``.
 
 They are imported, and Triton with them, by the first call that runs here: importing this module costs nothing.
 """
@@ -24,6 +24,8 @@ _OPERATIONS = {
     "linear_backward": "layers",
     "batch_norm_uncentered2d": "batch_norm",
     "batch_norm_uncentered2d_backward": "batch_norm",
+    "layer_norm": "layer_norm",
+    "layer_norm_backward": "layer_norm",
 }
 
 

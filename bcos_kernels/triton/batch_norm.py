@@ -12,7 +12,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bcos_kernels.contract import accumulator, memory_format
+from bcos_kernels.contract import (
+    NormForward,
+    NormGradients,
+    NormNeeds,
+    NormOptions,
+    accumulator,
+    memory_format,
+)
 from bcos_kernels.triton import tiles
 from bcos_kernels.triton.common import Layout, dense, guard, layout, rounded, split_rows
 
@@ -136,19 +143,38 @@ def _apply(
 
 
 @triton.jit
-def _sums(
-    p_grad, p_x, p_dot, p_sum, rows, pixels, channels, s_n, s_p, s_c, per_program,
-    ROWS: tl.constexpr, CHANNELS: tl.constexpr,
-):  # fmt: skip
-    """``dot[i, c] = sum g x`` and ``sum[i, c] = sum g`` over the rows ``i*per_program ..``; either may be None.
+def _passed(b_grad, p_x, p_z, p_bias, o, m, o_c, m_c, b_gain, MASK: tl.constexpr):
+    """The part of a gradient ``[rows, channels]`` that passed the ReLU.
 
-    ``grad``, ``x``: rows x channels, same strides; partial results ``[programs, channels]``.
+    MASK 0: there is none. 1: what it let through is found again from ``x``. 2: it is where its output ``z`` is positive.
+    """
+    if MASK == 1:
+        b_z = tl.load(p_x + o, mask=m, other=0).to(b_grad.dtype) * b_gain[None, :]
+        if p_bias is not None:
+            b_z += tl.load(p_bias + o_c, mask=m_c, other=0).to(b_grad.dtype)[None, :]
+        b_grad = tl.where(b_z <= 0, 0, b_grad)
+    if MASK == 2:
+        b_grad = tl.where(tl.load(p_z + o, mask=m, other=0) <= 0, 0, b_grad)
+    return b_grad
+
+
+@triton.jit
+def _sums(
+    p_grad, p_x, p_z, p_var, p_weight, p_bias, p_masked, p_dot, p_sum,
+    rows, pixels, channels, s_n, s_p, s_c, per_program,
+    EPS: tl.constexpr, MASK: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """``dot[i, c] = sum h x`` and ``sum[i, c] = sum h`` over the rows ``i*per_program ..``; ``h``: what of g passed the ReLU.
+
+    ``grad``, ``x``, ``z``, ``masked`` (where ``h`` is written): rows x channels, same strides; partial results ``[programs,
+    channels]``. ``p_masked``, ``p_dot`` and ``p_sum`` may be None.
     """
     ACC: tl.constexpr = tl.float64 if p_grad.dtype.element_ty == tl.float64 else tl.float32
     first = tl.program_id(0).to(tl.int64) * per_program
     last = tl.minimum(first + per_program, rows)
     o_c = tl.program_id(1).to(tl.int64) * CHANNELS + tl.arange(0, CHANNELS)
     m_c = o_c < channels
+    b_gain = _gain(p_var, p_weight, o_c, m_c, EPS, ACC)[1]
     b_dot = tl.zeros((CHANNELS,), ACC)
     b_sum = tl.zeros((CHANNELS,), ACC)
     for r in range(0, per_program, ROWS):
@@ -157,6 +183,9 @@ def _sums(
         _, _, o_x = split_rows(o_r, pixels, s_n, s_p)
         o = o_x[:, None] + (o_c * s_c)[None, :]
         b_grad = tl.load(p_grad + o, mask=m, other=0).to(ACC)
+        b_grad = _passed(b_grad, p_x, p_z, p_bias, o, m, o_c, m_c, b_gain, MASK)
+        if p_masked is not None:
+            tl.store(p_masked + o, rounded(b_grad, p_masked.dtype.element_ty), mask=m)
         if p_dot is not None:
             b_dot += tl.sum(b_grad * tl.load(p_x + o, mask=m, other=0).to(ACC), 0)
         if p_sum is not None:
@@ -170,10 +199,10 @@ def _sums(
 
 @triton.jit
 def _input_gradient(
-    p_grad, p_x, p_mean, p_var, p_weight, p_dot, p_dx, rows, pixels, channels, s_n, s_p, s_c,
-    EPS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+    p_grad, p_x, p_z, p_mean, p_var, p_weight, p_bias, p_dot, p_dx, rows, pixels, channels, s_n, s_p, s_c,
+    EPS: tl.constexpr, MASK: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """``dx = g gain - (x - mean) dot gain / ((var + eps) rows)`` with ``gain = weight / sqrt(var + eps)``.
+    """``dx = h gain - (x - mean) dot gain / ((var + eps) rows)``, ``gain = weight / sqrt(var + eps)``; ``h``: as above.
 
     The second term is there where ``p_dot`` is: dL/dvar = -dot gain / (2 (var + eps)) and dvar/dx = 2 (x - mean) / rows.
     """
@@ -185,7 +214,8 @@ def _input_gradient(
     _, _, o_x = split_rows(o_r, pixels, s_n, s_p)
     o = o_x[:, None] + (o_c * s_c)[None, :]
     b_inverse, b_gain = _gain(p_var, p_weight, o_c, m_c, EPS, ACC)
-    b_dx = tl.load(p_grad + o, mask=m, other=0).to(ACC) * b_gain[None, :]
+    b_grad = tl.load(p_grad + o, mask=m, other=0).to(ACC)
+    b_dx = _passed(b_grad, p_x, p_z, p_bias, o, m, o_c, m_c, b_gain, MASK) * b_gain[None, :]
     if p_dot is not None:
         b_pull = tl.load(p_dot + o_c, mask=m_c, other=0) * b_gain * b_inverse * b_inverse / rows
         b_mean = tl.load(p_mean + o_c, mask=m_c, other=0)
@@ -197,7 +227,7 @@ def _input_gradient(
 _PARTS = 1024
 
 
-def _parts(at: Layout, tile: tiles.Patch) -> tuple[int, int]:
+def parts_of(at: Layout, tile: tiles.Patch) -> tuple[int, int]:
     """``(programs, rows of each)`` of the first stage; the rows are a multiple of the tile's."""
     column_blocks = triton.cdiv(at.channels, tile.channels)
     wanted = max(1, _PARTS // column_blocks)
@@ -212,7 +242,7 @@ def _tile(x: Tensor, at: Layout) -> tiles.Patch:
 def statistics(x: Tensor, at: Layout) -> tuple[Tensor, Tensor]:
     """``(mean, biased variance)`` by channel, in the accumulator's dtype."""
     tile = _tile(x, at)
-    parts, per_program = _parts(at, tile)
+    parts, per_program = parts_of(at, tile)
     acc = accumulator(x.dtype)
     means, squares = x.new_empty((2, parts, at.channels), dtype=acc)
     blocks = triton.cdiv(at.channels, tile.channels)
@@ -220,103 +250,109 @@ def statistics(x: Tensor, at: Layout) -> tuple[Tensor, Tensor]:
         x, means, squares, at.rows, at.pixels, at.channels, *at.strides, per_program,
         ROWS=tile.rows, CHANNELS=tile.channels, num_warps=tile.warps,
     )  # fmt: skip
-    mean, var = x.new_empty((2, at.channels), dtype=acc)
+    mean, var = (x.new_empty(at.channels, dtype=acc) for _ in range(2))  # an operator's outputs must not share storage
     _merge_statistics[(triton.cdiv(at.channels, 16),)](
         means, squares, mean, var, parts, at.rows, per_program, at.channels, PARTS=64, CHANNELS=16, num_warps=4
     )
     return mean, var
 
 
-def apply(
+def batch_norm_uncentered2d(
     x: Tensor,
-    at: Layout,
-    var: Tensor,
+    var: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
-    eps: float,
-    *,
-    residual: Tensor | None = None,
-    relu: bool = False,
-    squares: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """``(z, sum of squares of z by pixel or None)``; ``residual`` is in the layout of ``x``."""
-    tile = _tile(x, at)
-    z = torch.empty_like(x)
-    per_pixel = x.new_empty(at.rows, dtype=accumulator(x.dtype)) if squares else None
-    _apply[(triton.cdiv(at.rows, tile.rows),)](
-        x, var, weight, bias, residual, z, per_pixel, at.rows, at.pixels, at.channels, *at.strides,
-        EPS=eps, RELU=relu, ROWS=tile.rows, CHANNELS=tile.channels, num_warps=tile.warps,
-    )  # fmt: skip
-    return z, per_pixel
-
-
-def batch_norm_uncentered2d(
-    x: Tensor, var: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
+    residual: Tensor | None,
+    options: NormOptions,
+) -> NormForward:
     acc = accumulator(x.dtype)
-    mean = batch_var = x.new_empty(0, dtype=acc)
+    n, channels, h, w = x.shape
+    mean, batch_var = (x.new_empty(0, dtype=acc) for _ in range(2))
+    squares = x.new_empty((n, 1, h, w) if options.squares else 0, dtype=acc)
     if x.numel() == 0:
         if var is None:
-            mean, batch_var = x.new_full((2, x.shape[1]), float("nan"), dtype=acc)
-        return torch.empty_like(x), mean, batch_var
+            mean, batch_var = (x.new_full((channels,), float("nan"), dtype=acc) for _ in range(2))
+        return NormForward(torch.empty_like(x), mean, batch_var, squares)
     with guard(x):
         x = dense(x, memory_format(x))
         at = layout(x)
         if var is None:
             mean, batch_var = statistics(x, at)
-        z, _ = apply(x, at, batch_var if var is None else var.contiguous(), *_contiguous(weight, bias), eps)
-    return z, mean, batch_var
+        known = batch_var if var is None else var.contiguous()
+        tile, z = _tile(x, at), torch.empty_like(x)
+        _apply[(triton.cdiv(at.rows, tile.rows),)](
+            x, known, *_contiguous(weight, bias), None if residual is None else _laid_out(residual, at), z,
+            squares if options.squares else None, at.rows, at.pixels, at.channels, *at.strides,
+            EPS=options.eps, RELU=options.relu, ROWS=tile.rows, CHANNELS=tile.channels, num_warps=tile.warps,
+        )  # fmt: skip
+    return NormForward(z, mean, batch_var, squares)
 
 
 def batch_norm_uncentered2d_backward(
     grad: Tensor,
     x: Tensor,
+    z: Tensor | None,
     mean: Tensor,
     var: Tensor,
     weight: Tensor | None,
-    eps: float,
-    batch_stats: bool,
-    detach_var: bool,
-    needs: tuple[bool, bool, bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    acc = accumulator(x.dtype)
-    needs_x, needs_weight, needs_bias = needs
-    needs_weight = needs_weight and weight is not None
-    dx = dweight = dbias = grad.new_empty(0)
+    bias: Tensor | None,
+    options: NormOptions,
+    needs: NormNeeds,
+) -> NormGradients:
+    acc, eps = accumulator(x.dtype), options.eps
+    needs_weight = needs.weight and weight is not None
+    dx = dweight = dbias = dresidual = grad.new_empty(0)
     if x.numel() == 0:
         channels = x.new_zeros(x.shape[1], dtype=acc)
-        dweight = channels.to(weight.dtype) if weight is not None and needs_weight else dweight
-        return torch.empty_like(x) if needs_x else dx, dweight, channels if needs_bias else dbias
+        return NormGradients(
+            torch.empty_like(x) if needs.x else dx,
+            channels.to(weight.dtype) if needs_weight else dweight,
+            channels if needs.bias else dbias,
+            torch.empty_like(x) if needs.residual else dresidual,
+        )
     with guard(x):
-        fmt = memory_format(x)
-        x = dense(x, fmt)
-        # the gradient takes the format of x, in one copy at most
+        x = dense(x, memory_format(x))
         at = layout(x)
-        grad = grad.contiguous(memory_format=torch.channels_last if at.channel_stride == 1 else torch.contiguous_format)
+        # the gradient takes the format of x, in one copy at most
+        grad, z = _laid_out(grad, at), None if z is None else _laid_out(z, at)
         tile = _tile(x, at)
-        through_var = needs_x and batch_stats and not detach_var
+        columns = triton.cdiv(at.channels, tile.channels)
+        through_var = needs.x and mean.numel() > 0 and not options.detach_var
+        mask = 0 if not options.relu else 1 if z is None else 2
         dot = None
-        var, (weight,) = var.contiguous(), _contiguous(weight)
-        if needs_weight or through_var or needs_bias:
-            parts, per_program = _parts(at, tile)
-            wants = (needs_weight or through_var, needs_bias)
+        var, weight, bias = _contiguous(var, weight, bias)
+        if needs_weight or through_var or needs.bias or needs.residual:
+            parts, per_program = parts_of(at, tile)
+            wants = (needs_weight or through_var, needs.bias)
             dots, sums = (x.new_empty((parts, at.channels), dtype=acc) if want else None for want in wants)
-            _sums[(parts, triton.cdiv(at.channels, tile.channels))](
-                grad, x, dots, sums, at.rows, at.pixels, at.channels, *at.strides, per_program,
-                ROWS=tile.rows, CHANNELS=tile.channels, num_warps=tile.warps,
+            masked = torch.empty_like(x) if needs.residual else None
+            _sums[(parts, columns)](
+                grad, x, z, var, weight, bias, masked, dots, sums,
+                at.rows, at.pixels, at.channels, *at.strides, per_program,
+                EPS=eps, MASK=mask, ROWS=tile.rows, CHANNELS=tile.channels, num_warps=tile.warps,
             )  # fmt: skip
             dot = None if dots is None else dots.sum(0)
             dbias = dbias if sums is None else sums.sum(0)
+            if masked is not None:
+                # what the residual gets is what passed the ReLU: the second pass reads it, and need not mask again
+                dresidual = grad = masked
+                mask, z = 0, None
         if needs_weight:
             dweight = (dot * (var.to(acc) + eps).rsqrt()).to(weight.dtype)
-        if needs_x:
+        if needs.x:
             dx = torch.empty_like(x)
-            _input_gradient[(triton.cdiv(at.rows, tile.rows), triton.cdiv(at.channels, tile.channels))](
-                grad, x, mean, var, weight, dot if through_var else None, dx,
+            _input_gradient[(triton.cdiv(at.rows, tile.rows), columns)](
+                grad, x, z, mean, var, weight, bias, dot if through_var else None, dx,
                 at.rows, at.pixels, at.channels, *at.strides,
-                EPS=eps, ROWS=tile.rows, CHANNELS=tile.channels, num_warps=tile.warps,
+                EPS=eps, MASK=mask, ROWS=tile.rows, CHANNELS=tile.channels, num_warps=tile.warps,
             )  # fmt: skip
-    return dx, dweight, dbias
+    return NormGradients(dx, dweight, dbias, dresidual)
+
+
+def _laid_out(t: Tensor, at: Layout) -> Tensor:
+    """``t`` in the layout ``at``, which another tensor of its shape has."""
+    last = at.channel_stride == 1
+    return t.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
 def _contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:

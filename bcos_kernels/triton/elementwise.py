@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bcos_kernels import reference
 from bcos_kernels.contract import Options, Saved, accumulator, winner_dtype
 from bcos_kernels.triton import epilogue, tiles
 from bcos_kernels.triton.common import Layout, exponent, layout, rounded, split_rows
@@ -98,23 +99,33 @@ def _sum_of_squares(x: Tensor, out: Tensor, at: Layout, groups: int, root: bool,
     )  # fmt: skip
 
 
-def row_norm(x: Tensor, at: Layout) -> Tensor:
-    """``[rows]``: ``||x|| + 1e-12`` of every row of a contiguous ``[rows, C]``."""
+def row_norm(x: Tensor, at: Layout, squares: Tensor | None = None) -> Tensor:
+    """``[rows]``: ``||x|| + 1e-12`` of every row of a contiguous ``[rows, C]``; ``squares``: their sums, where known."""
+    if squares is not None:
+        return squares.reshape(-1).sqrt().add_(reference.ROW_NORM_EPS)
     norm = x.new_empty(at.rows, dtype=accumulator(x.dtype))
     _sum_of_squares(x, norm, at, 1, True, epilogue.ROW.value)
     return norm
 
 
-def patch_norm(x: Tensor, kernel: tuple[int, int], size: tuple[int, int], options: Options) -> Tensor:
-    """``[N, G, P, Q]`` of a dense ``x [N, C, H, W]``: one pass over ``x``, one over the small map of its squares."""
+def patch_norm(
+    x: Tensor, kernel: tuple[int, int], size: tuple[int, int], options: Options, squares: Tensor | None = None
+) -> Tensor:
+    """``[N, G, P, Q]`` of a dense ``x [N, C, H, W]``: one pass over ``x``, one over the small map of its squares.
+
+    ``squares [N, G, H, W]``: that map, where it is known; then ``x`` is not read.
+    """
     o = options
     at, (n, _, h, w) = layout(x), x.shape
     norm = x.new_empty((n, o.groups, *size), dtype=accumulator(x.dtype))
-    if kernel == (1, 1) and o.stride == (1, 1) and o.padding == (0, 0):
+    if squares is not None:
+        squares = squares.contiguous()
+    elif kernel == (1, 1) and o.stride == (1, 1) and o.padding == (0, 0):
         _sum_of_squares(x, norm, at, o.groups, True, epilogue.PATCH.value)
         return norm
-    squares = x.new_empty((n, o.groups, h, w), dtype=norm.dtype)
-    _sum_of_squares(x, squares, at, o.groups, False, epilogue.PATCH.value)
+    else:
+        squares = x.new_empty((n, o.groups, h, w), dtype=norm.dtype)
+        _sum_of_squares(x, squares, at, o.groups, False, epilogue.PATCH.value)
     block = 512
     _window_root[(triton.cdiv(norm.numel(), block),)](
         squares, norm, norm.numel(), h, w, *size, *o.stride, *o.padding, *o.dilation,

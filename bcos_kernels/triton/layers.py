@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bcos_kernels import reference
 from bcos_kernels.contract import (
     Forward,
     Gradients,
@@ -26,6 +25,7 @@ from bcos_kernels.triton import conv2d as direct
 from bcos_kernels.triton import elementwise, epilogue, tiles
 from bcos_kernels.triton import linear as pointwise
 from bcos_kernels.triton.common import channels_last, dense, guard, layout, row_layout
+from bcos_kernels.weights import unit_rows, unit_rows_backward
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -56,27 +56,18 @@ def _gain(weight: Tensor, options: Options) -> Tensor | None:
     return _lengths(weight).reciprocal() if options.normalize_weight else None
 
 
-def _unit_rows(weight: Tensor, options: Options) -> Tensor:
-    if not options.normalize_weight:
-        return weight
-    return reference.unit_rows(weight.to(accumulator(weight.dtype))).to(weight.dtype)
-
-
-def _unit_rows_backward(dunit: Tensor, weight: Tensor, options: Options) -> Tensor:
-    """Through ``w / ||w||``: what is orthogonal to the unit row, divided by its length."""
-    if not options.normalize_weight:
-        return dunit
-    rows, drows = (t.to(accumulator(weight.dtype)).flatten(1) for t in (weight, dunit))
-    lengths = _lengths(weight)[:, None]
-    unit = rows / lengths
-    return ((drows - unit * (drows * unit).sum(1, keepdim=True)) / lengths).view_as(weight).to(weight.dtype)
-
-
 # ---- convolution
 
 
 @_on_device_of_first
-def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, options: Options, for_backward: bool) -> Forward:
+def conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    options: Options,
+    for_backward: bool,
+    squares: Tensor | None = None,
+) -> Forward:
     o = options
     kernel = (weight.shape[2], weight.shape[3])
     size = conv_output_size((x.shape[2], x.shape[3]), kernel, o.stride, o.padding, o.dilation)
@@ -85,23 +76,24 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, options: Options, for
         return _empty_forward(x, (x.shape[0], weight.shape[0] // o.max_out, *size), (o.groups, *size), o, for_backward)
     x = dense(x, fmt)
     if not tiles.fused_conv2d(x, weight, o):
-        u = F.conv2d(x, _unit_rows(weight, o), bias, o.stride, o.padding, o.dilation, o.groups)
+        u = F.conv2d(x, unit_rows(weight, o), bias, o.stride, o.padding, o.dilation, o.groups)
         u = u.contiguous(memory_format=fmt)
         norm = x.new_empty(0, dtype=accumulator(x.dtype))
         if not o.is_linear:
-            norm = elementwise.patch_norm(x, kernel, size, o)
+            norm = elementwise.patch_norm(x, kernel, size, o, squares)
         shape = torch.Size((u.shape[0], u.shape[1] // o.max_out, *size))
         y, linear, winner = elementwise.scale(u, layout(u, fmt), norm, shape, o, for_backward, fmt)
         return Forward(y, norm, linear, winner)
     x = channels_last(x)
     gain, bias = _gain(weight, o), None if bias is None else bias.contiguous()
+    known = None if squares is None or o.is_linear else elementwise.patch_norm(x, kernel, size, o, squares)
     if not tiles.is_pointwise(weight, o):
-        return Forward(*direct.forward(x, weight, gain, bias, o, for_backward, size))
+        return Forward(*direct.forward(x, weight, gain, bias, o, for_backward, size, known))
     n, c, h, w = x.shape
     strided = None if o.stride == (1, 1) else (n, h, w, *size)
     rows, matrix = _as_rows(x), weight.reshape(-1, c).contiguous()
     y, norm, linear, winner = pointwise.forward(
-        rows, matrix, gain, bias, o, for_backward, epilogue.PATCH.value, strided
+        rows, matrix, gain, bias, o, for_backward, epilogue.PATCH.value, strided, known
     )
     return Forward(
         _as_image(y, n, size),
@@ -135,7 +127,7 @@ def conv2d_backward(
         needs_pull=pulls,
         needs_b=needs.b,
     )
-    unit = _unit_rows(weight, o)
+    unit = unit_rows(weight, o)
     dx = dweight = dbias = empty = grad.new_empty(0)
     own = needs.x and tiles.fused_conv2d(x, weight, o) and tiles.is_pointwise(weight, o) and o.stride == (1, 1)
     if own:
@@ -152,7 +144,7 @@ def conv2d_backward(
             du, x, unit, sizes, o.stride, o.padding, o.dilation, False, [0, 0], o.groups, mask
         )
         dx = by_aten if mask[0] else dx
-        dweight = _unit_rows_backward(dunit, weight, o) if needs.weight else empty
+        dweight = unit_rows_backward(dunit, weight, o) if needs.weight else empty
         dbias = dbias if needs.bias else empty
     if pulls and not own:
         dx = _in_format(dx, fmt)
@@ -178,7 +170,14 @@ def _as_image(rows: Tensor, n: int, size: tuple[int, int]) -> Tensor:
 
 
 @_on_device_of_first
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, options: Options, for_backward: bool) -> Forward:
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    options: Options,
+    for_backward: bool,
+    squares: Tensor | None = None,
+) -> Forward:
     o = options
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     leading, columns = x.shape[:-1], weight.shape[0] // o.max_out
@@ -186,14 +185,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, options: Options, for
         return _empty_forward(x, (*leading, columns), (1,), o, for_backward)
     if tiles.fused_linear(x, o):
         matrix, bias = weight.contiguous(), None if bias is None else bias.contiguous()
+        known = None if squares is None or o.is_linear else elementwise.row_norm(rows, row_layout(rows), squares)
         y, norm, linear, winner = pointwise.forward(
-            rows, matrix, _gain(weight, o), bias, o, for_backward, epilogue.ROW.value
+            rows, matrix, _gain(weight, o), bias, o, for_backward, epilogue.ROW.value, norm=known
         )
     else:
-        u = F.linear(rows, _unit_rows(weight, o), bias)
+        u = F.linear(rows, unit_rows(weight, o), bias)
         norm = x.new_empty(0, dtype=accumulator(x.dtype))
         if not o.is_linear:
-            norm = elementwise.row_norm(rows, row_layout(rows))
+            norm = elementwise.row_norm(rows, row_layout(rows), squares)
         shape = torch.Size((rows.shape[0], columns))
         y, linear, winner = elementwise.scale(u, row_layout(u), norm, shape, o, for_backward, torch.contiguous_format)
     return Forward(
@@ -229,7 +229,7 @@ def linear_backward(
     )
     dx = dweight = dbias = grad.new_empty(0)
     if needs.x:
-        unit = _unit_rows(weight, o)
+        unit = unit_rows(weight, o)
         if tiles.fused_linear(x, o):
             dx = pointwise.input_gradient(du, unit.contiguous(), rows, pull if pulls else None, conv=False)
         else:
@@ -239,7 +239,7 @@ def linear_backward(
                 elementwise.add_pull(dx, at, rows, at, pull.view(-1, 1, 1, 1), (1, 1), Options())
         dx = dx.view(x.shape)
     if needs.weight:
-        dweight = _unit_rows_backward(du.t() @ rows, weight, o)
+        dweight = unit_rows_backward(du.t() @ rows, weight, o)
     if needs.bias:
         dbias = du.sum(0)
     return Gradients(dx, dweight, dbias, db)

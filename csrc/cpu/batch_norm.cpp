@@ -1,5 +1,5 @@
-// Uncentered batch norm: statistics in one pass, application in one; backward likewise, one reduction and one
-// application.
+// Uncentered batch norm, with what may follow it (a residual, ReLU): statistics in one pass, application in one;
+// backward likewise, one reduction and one application.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -98,14 +98,6 @@ std::vector<A> inverse_deviations(const std::vector<A>& var, double eps) {
 }
 
 template <class T>
-void apply(const Shape& s, const T* x, T* z, const std::vector<Acc<T>>& gain, const std::vector<Acc<T>>& shift) {
-  s.for_tiles(thread_slots(), [&](int64_t, int64_t offset, int64_t rows, int64_t cols, int64_t first) {
-    tiles<T>().affine(s.by_row, x + offset, z + offset, s.ld(), rows, cols, gain.data() + first,
-                      shift.empty() ? nullptr : shift.data() + first);
-  });
-}
-
-template <class T>
 const T* in(const at::Tensor& t) {
   return t.numel() ? t.const_data_ptr<T>() : nullptr;
 }
@@ -122,48 +114,70 @@ void scale_by(std::vector<A>& a, const std::vector<A>& b) {
 
 }  // namespace
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm(const at::Tensor& x_, const std::optional<at::Tensor>& var,
-                                                          const std::optional<at::Tensor>& weight,
-                                                          const std::optional<at::Tensor>& bias, double eps) {
+Four batch_norm(const at::Tensor& x_, const std::optional<at::Tensor>& var, const std::optional<at::Tensor>& weight,
+                const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& residual_, double eps,
+                bool relu, bool wants_squares) {
   const Shape s(x_);
-  const at::Tensor x = x_.contiguous(s.format);
+  const at::Tensor x = x_.contiguous(s.format), residual = residual_ ? residual_->contiguous(s.format) : at::Tensor();
   const auto options = x.options().dtype(accumulator(x.scalar_type()));
   const int64_t stats = var ? 0 : s.channels;
   const at::Tensor z = at::empty(x.sizes(), x.options().memory_format(s.format));
   // An empty batch has variance 0, so that its gradients are 0 rather than NaN.
   const at::Tensor mean = at::zeros({stats}, options), batch_var = at::zeros({stats}, options);
+  at::Tensor squares = nothing(x, accumulator(x.scalar_type()));
+  if (wants_squares) squares = at::empty({x.size(0), 1, x.size(2), x.size(3)}, options);
   BCOS_DISPATCH(x.scalar_type(), "bcos_native: batch_norm", [&] {
     using A = Acc<scalar_t>;
     if (!var && !s.empty()) statistics<scalar_t>(s, in<scalar_t>(x), out<A>(mean), out<A>(batch_var));
     std::vector<A> gain = inverse_deviations(values<A>(var ? var : batch_var), eps);
     scale_by(gain, values<A>(weight));
-    apply<scalar_t>(s, in<scalar_t>(x), out<scalar_t>(z), gain, values<A>(bias));
+    const std::vector<A> shift = values<A>(bias);
+    const scalar_t *px = in<scalar_t>(x), *more = residual.defined() ? in<scalar_t>(residual) : nullptr;
+    scalar_t* pz = out<scalar_t>(z);
+    A* sums = wants_squares ? out<A>(squares) : nullptr;
+    s.for_tiles(thread_slots(), [&](int64_t, int64_t offset, int64_t rows, int64_t cols, int64_t first) {
+      tiles<scalar_t>().affine(s.by_row, px + offset, more ? more + offset : nullptr, pz + offset, s.ld(), rows, cols,
+                               gain.data() + first, shift.empty() ? nullptr : shift.data() + first, relu,
+                               sums && s.by_row ? sums + offset / s.channels : nullptr);
+    });
+    // A plane holds one channel of many pixels: their sums are another pass.
+    if (sums && !s.by_row) square_sums<scalar_t>({false, s.images, s.pixels, 1}, s.channels, pz, sums);
   });
-  return {z, mean, batch_var};
+  return {z, mean, batch_var, squares};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_backward(const at::Tensor& grad_, const at::Tensor& x_,
-                                                                   const at::Tensor& mean, const at::Tensor& var,
-                                                                   const std::optional<at::Tensor>& weight, double eps,
-                                                                   bool batch_stats, bool detach_var, bool needs_x,
-                                                                   bool needs_weight, bool needs_bias) {
+Four batch_norm_backward(const at::Tensor& grad_, const at::Tensor& x_, const std::optional<at::Tensor>& z_,
+                         const at::Tensor& mean, const at::Tensor& var, const std::optional<at::Tensor>& weight,
+                         const std::optional<at::Tensor>& bias, double eps, bool relu, bool detach_var,
+                         std::array<bool, 4> needs) {
   const Shape s(x_);
   const at::Tensor x = x_.contiguous(s.format), grad = grad_.contiguous(s.format);
-  at::Tensor dx = nothing(grad), dweight = nothing(grad), dbias = nothing(grad);
-  const bool through_var = needs_x && batch_stats && !detach_var;
-  needs_weight = needs_weight && weight.has_value();
-  if (needs_x) dx = at::empty(x.sizes(), x.options().memory_format(s.format));
+  const at::Tensor z = z_ ? z_->contiguous(s.format) : at::Tensor();
+  at::Tensor dx = nothing(grad), dweight = nothing(grad), dbias = nothing(grad), dresidual = nothing(grad);
+  const bool needs_x = needs[0], needs_weight = needs[1] && weight.has_value(), needs_bias = needs[2];
+  const bool needs_residual = needs[3], through_var = needs_x && mean.numel() > 0 && !detach_var;
+  const auto options = x.options().memory_format(s.format);
+  if (needs_x) dx = at::empty(x.sizes(), options);
+  if (needs_residual) dresidual = at::empty(x.sizes(), options);
   BCOS_DISPATCH(x.scalar_type(), "bcos_native: batch_norm_backward", [&] {
     using A = Acc<scalar_t>;
     const scalar_t *g = in<scalar_t>(grad), *px = in<scalar_t>(x);
+    const scalar_t* pz = z.defined() ? in<scalar_t>(z) : nullptr;
     const int64_t C = s.channels, slots = thread_slots();
-    const std::vector<A> inv_std = inverse_deviations(values<A>(var), eps);
+    const std::vector<A> inv_std = inverse_deviations(values<A>(var), eps), shift = values<A>(bias);
+    std::vector<A> gain = inv_std;
+    scale_by(gain, values<A>(weight));
+    const auto passed = [&](int64_t offset, int64_t first) {
+      return Passed<scalar_t>{relu, pz ? pz + offset : nullptr, gain.data() + first,
+                              shift.empty() ? nullptr : shift.data() + first};
+    };
     std::vector<double> sums(C, 0.0), dots(C, 0.0);
-    if (needs_weight || needs_bias || through_var) {
+    if (needs_weight || needs_bias || needs_residual || through_var) {
+      scalar_t* masked = needs_residual ? out<scalar_t>(dresidual) : nullptr;
       std::vector<double> part_sums(slots * C, 0.0), part_dots(slots * C, 0.0);
       s.for_tiles(slots, [&](int64_t slot, int64_t offset, int64_t rows, int64_t cols, int64_t first) {
-        tiles<scalar_t>().dot(s.by_row, g + offset, s.ld(), px + offset, s.ld(), rows, cols,
-                              &part_sums[slot * C + first], &part_dots[slot * C + first]);
+        tiles<scalar_t>().dot(s.by_row, g + offset, px + offset, masked ? masked + offset : nullptr, s.ld(), rows, cols,
+                              passed(offset, first), &part_sums[slot * C + first], &part_dots[slot * C + first]);
       });
       for (int64_t i = 0; i < slots * C; ++i) {
         sums[i % C] += part_sums[i];
@@ -180,26 +194,27 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_backward(const at::Ten
     }
     if (needs_bias) dbias = vector_of([&](int64_t c) { return sums[c]; }, x);
     if (!needs_x) return;
-    std::vector<A> gain = inv_std;
-    scale_by(gain, values<A>(weight));
-    if (!through_var) {
-      apply<scalar_t>(s, g, out<scalar_t>(dx), gain, {});
-      return;
-    }
-    // dL/dvar = -dot * gain * inv_std^2 / 2, and dvar/dx = 2 (x - mean) / count
-    const std::vector<A> centre = values<A>(mean);
-    std::vector<A> pull(C);
-    const double count = static_cast<double>(s.images * s.pixels);
-    for (int64_t c = 0; c < C; ++c) {
-      pull[c] = static_cast<A>(-dots[c] * gain[c] * inv_std[c] * inv_std[c] / count);
+    std::vector<A> centre, pull;
+    if (through_var) {
+      // dL/dvar = -dot * gain * inv_std^2 / 2, and dvar/dx = 2 (x - mean) / count
+      centre = values<A>(mean);
+      pull.resize(C);
+      const double count = static_cast<double>(s.images * s.pixels);
+      for (int64_t c = 0; c < C; ++c) {
+        pull[c] = static_cast<A>(-dots[c] * gain[c] * inv_std[c] * inv_std[c] / count);
+      }
     }
     scalar_t* d = out<scalar_t>(dx);
+    // The residual's gradient is what the ReLU let through: the first pass wrote it, this one need not mask again.
+    if (needs_residual) g = in<scalar_t>(dresidual);
     s.for_tiles(slots, [&](int64_t, int64_t offset, int64_t rows, int64_t cols, int64_t first) {
+      const auto of = [&](const std::vector<A>& v) { return v.empty() ? nullptr : v.data() + first; };
       tiles<scalar_t>().affine_backward(s.by_row, g + offset, px + offset, d + offset, s.ld(), rows, cols,
-                                        gain.data() + first, centre.data() + first, pull.data() + first);
+                                        needs_residual ? Passed<scalar_t>{} : passed(offset, first), of(gain),
+                                        of(centre), of(pull));
     });
   });
-  return {dx, dweight, dbias};
+  return {dx, dweight, dbias, dresidual};
 }
 
 }  // namespace bcos::cpu

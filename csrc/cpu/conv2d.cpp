@@ -15,10 +15,6 @@
 namespace bcos::cpu {
 namespace {
 
-bool prefers_channels_last(const at::Tensor& t) {
-  return t.is_contiguous(at::MemoryFormat::ChannelsLast) && !t.is_contiguous();
-}
-
 // Shapes and formats that forward and backward share.
 struct Geometry {
   Window window;
@@ -28,19 +24,13 @@ struct Geometry {
 
   Geometry(const at::Tensor& x, const at::Tensor& weight, at::IntArrayRef stride, at::IntArrayRef padding,
            at::IntArrayRef dilation, int64_t groups, int64_t max_out)
-      : images(x.size(0)), in(x.size(1)), out(weight.size(0) / max_out), groups(groups), max_out(max_out) {
-    window.height = x.size(2);
-    window.width = x.size(3);
-    int64_t* size[2] = {&window.out_height, &window.out_width};
-    for (int i = 0; i < 2; ++i) {
-      window.kernel[i] = weight.size(2 + i);
-      window.stride[i] = stride[i];
-      window.padding[i] = padding[i];
-      window.dilation[i] = dilation[i];
-      *size[i] = (x.size(2 + i) + 2 * padding[i] - dilation[i] * (weight.size(2 + i) - 1) - 1) / stride[i] + 1;
-    }
-    format = prefers_channels_last(x) || prefers_channels_last(weight) ? at::MemoryFormat::ChannelsLast
-                                                                       : at::MemoryFormat::Contiguous;
+      : window(conv_window(x, weight, stride, padding, dilation)),
+        format(conv_format(x, weight)),
+        images(x.size(0)),
+        in(x.size(1)),
+        out(weight.size(0) / max_out),
+        groups(groups),
+        max_out(max_out) {
     // One pixel an image: both formats are the same, and rows of channels are the faster view.
     by_row = format == at::MemoryFormat::ChannelsLast || (pixels() == 1 && window.height * window.width == 1);
   }
@@ -72,17 +62,21 @@ struct Geometry {
   }
 };
 
-// Of the images [first, first + count). `squares` is a map like x's, or `norm` itself where the window is the pixel.
+// Of the images [first, first + count). `squares` is a map like x's, or `norm` itself where the window is the pixel;
+// it is filled here unless it is known.
 template <class T>
-void patch_norms(const Geometry& g, const at::Tensor& x, const at::Tensor& squares, const at::Tensor& norm,
+void patch_norms(const Geometry& g, const at::Tensor& x, const at::Tensor& squares, bool known, const at::Tensor& norm,
                  int64_t first, int64_t count) {
   using A = Acc<T>;
   if (norm.numel() == 0) return;
   Layout layout = g.of_x();
   layout.images = count;
-  A* s = squares.mutable_data_ptr<A>() + first * g.groups * layout.pixels;
-  const T* data = x.numel() ? x.const_data_ptr<T>() + first * g.in * layout.pixels : nullptr;
-  square_sums<T>(layout, g.in, data, s);
+  const int64_t map = first * g.groups * layout.pixels;
+  if (!known) {
+    const T* data = x.numel() ? x.const_data_ptr<T>() + first * g.in * layout.pixels : nullptr;
+    square_sums<T>(layout, g.in, data, squares.mutable_data_ptr<A>() + map);
+  }
+  const A* s = squares.const_data_ptr<A>() + map;
   patch_norm<A>(g.window, count * g.groups, s, norm.mutable_data_ptr<A>() + first * g.groups * g.pixels());
 }
 
@@ -109,9 +103,10 @@ void pull_norm(const Geometry& g, const at::Tensor& x, at::Tensor& pixel_sum, co
 }  // namespace
 
 Four conv2d(const at::Tensor& x_, const at::Tensor& weight, const std::optional<at::Tensor>& bias, double b,
-            int64_t form, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
-            int64_t max_out, bool normalize_weight, bool keep_linear, bool keep_winner) {
-  const Exponent e = exponent(b, form);
+            const std::optional<at::Tensor>& learned_b, int64_t form, at::IntArrayRef stride, at::IntArrayRef padding,
+            at::IntArrayRef dilation, int64_t groups, int64_t max_out, bool normalize_weight, bool keep_linear,
+            bool keep_winner, const std::optional<at::Tensor>& known) {
+  const Exponent e = exponent(b, learned_b, form);
   const Geometry g(x_, weight, stride, padding, dilation, groups, max_out);
   const at::Tensor x = x_.contiguous(g.format);
   const at::Tensor w = unit_rows(weight, normalize_weight);
@@ -135,12 +130,14 @@ Four conv2d(const at::Tensor& x_, const at::Tensor& weight, const std::optional<
   if (keep_winner) winner = g.make_y(x, at::kByte);
   if (keep_linear) linear = max_out == 1 ? u : g.make_y(x, x.scalar_type());
   const at::Tensor y = max_out == 1 && !keep_linear ? u : g.make_y(x, x.scalar_type());
-  at::Tensor squares = norm;
-  if (e.form != Form::kLinear && !g.window.is_pixel()) squares = at::empty({g.of_x().norms()}, norm.options());
+  at::Tensor squares = known ? known->contiguous() : norm;
+  if (e.form != Form::kLinear && !g.window.is_pixel() && !known) {
+    squares = at::empty({g.of_x().norms()}, norm.options());
+  }
   for_images(g.images, [&](int64_t first, int64_t count) {
     if (e.form != Form::kLinear) {
       BCOS_DISPATCH(x.scalar_type(), "bcos_native: patch_norm",
-                    [&] { patch_norms<scalar_t>(g, x, squares, norm, first, count); });
+                    [&] { patch_norms<scalar_t>(g, x, squares, known.has_value(), norm, first, count); });
     }
     Layout part = g.of_y();
     part.images = count;
@@ -151,10 +148,11 @@ Four conv2d(const at::Tensor& x_, const at::Tensor& weight, const std::optional<
 
 Four conv2d_backward(const at::Tensor& grad_, const at::Tensor& x_, const at::Tensor& weight,
                      const std::optional<at::Tensor>& bias, const at::Tensor& kept_, const at::Tensor& norm_,
-                     const at::Tensor& winner_, std::array<bool, 4> needs, double b, int64_t form,
-                     at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
-                     int64_t max_out, bool normalize_weight, bool detach) {
-  const Exponent e = exponent(b, form);
+                     const at::Tensor& winner_, std::array<bool, 4> needs, double b,
+                     const std::optional<at::Tensor>& learned_b, int64_t form, at::IntArrayRef stride,
+                     at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, int64_t max_out,
+                     bool normalize_weight, bool detach) {
+  const Exponent e = exponent(b, learned_b, form);
   const Geometry g(x_, weight, stride, padding, dilation, groups, max_out);
   const bool scaled = e.form != Form::kLinear;
   const at::Tensor x = x_.contiguous(g.format), grad = grad_.contiguous(g.format);

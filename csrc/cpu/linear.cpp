@@ -76,8 +76,9 @@ void pull_norm(const Sizes& s, const at::Tensor& x, at::Tensor& pixel_sum, const
 }  // namespace
 
 Four linear(const at::Tensor& x_, const at::Tensor& weight, const std::optional<at::Tensor>& bias, double b,
-            int64_t form, int64_t max_out, bool normalize_weight, bool keep_linear, bool keep_winner) {
-  const Exponent e = exponent(b, form);
+            const std::optional<at::Tensor>& learned_b, int64_t form, int64_t max_out, bool normalize_weight,
+            bool keep_linear, bool keep_winner) {
+  const Exponent e = exponent(b, learned_b, form);
   const Sizes s(x_, weight, max_out);
   const at::Tensor x = as_rows(x_, s.rows);
   const at::Tensor w = unit_rows(weight, normalize_weight).contiguous();
@@ -109,9 +110,10 @@ Four linear(const at::Tensor& x_, const at::Tensor& weight, const std::optional<
 
 Four linear_backward(const at::Tensor& grad_, const at::Tensor& x_, const at::Tensor& weight,
                      const std::optional<at::Tensor>& bias, const at::Tensor& kept_, const at::Tensor& norm_,
-                     const at::Tensor& winner_, std::array<bool, 4> needs, double b, int64_t form, int64_t max_out,
-                     bool normalize_weight, bool detach) {
-  const Exponent e = exponent(b, form);
+                     const at::Tensor& winner_, std::array<bool, 4> needs, double b,
+                     const std::optional<at::Tensor>& learned_b, int64_t form, int64_t max_out, bool normalize_weight,
+                     bool detach) {
+  const Exponent e = exponent(b, learned_b, form);
   const Sizes s(x_, weight, max_out);
   const bool scaled = e.form != Form::kLinear;
   const at::Tensor x = as_rows(x_, s.rows), grad = as_rows(grad_, s.rows);

@@ -359,9 +359,47 @@ void moments(bool by_row, const T* x, int64_t ldx, int64_t rows, int64_t cols, d
   }
 }
 
-template <class T>
-void dot(bool by_row, const T* g, int64_t ldg, const T* x, int64_t ldx, int64_t rows, int64_t cols, double* sum_g,
-         double* sum_gx) {
+// The channel's value of `a`, or 0 where `a` is null.
+template <class V, class A>
+BCOS_INLINE V channel(bool by_row, const A* a, int64_t r, int64_t c) {
+  if (!a) return V(0);
+  if (!by_row) return V(a[r]);
+  return get<V>(a + c);
+}
+
+// `v` where `sign` is positive or NaN, else 0.
+template <class T, class V>
+BCOS_INLINE V where_positive(V v, V sign) {
+  if constexpr (std::is_same_v<V, Acc<T>>) {
+    return sign <= V(0) ? V(0) : v;
+  } else {
+    return V::blendv(v, V(0), sign <= V(0));
+  }
+}
+
+// Calls f(mask), with mask(g, i, r, c) the part of the gradient g at element i = r * ld + c that passed the ReLU.
+template <class T, class F>
+void with_mask(bool by_row, const T* x, const Passed<T>& passed, const F& f) {
+  using A = Acc<T>;
+  if (!passed.relu) {
+    f([](auto g, int64_t, int64_t, int64_t) { return g; });
+  } else if (passed.z) {
+    f([z = passed.z](auto g, int64_t i, int64_t, int64_t) {
+      return where_positive<T>(g, get<decltype(g)>(z + i));
+    });
+  } else {
+    f([=, gain = passed.gain, shift = passed.shift](auto g, int64_t i, int64_t r, int64_t c) {
+      using V = decltype(g);
+      V z = get<V>(x + i) * channel<V, A>(by_row, gain, r, c);
+      if (shift) z = z + channel<V, A>(by_row, shift, r, c);
+      return where_positive<T>(g, z);
+    });
+  }
+}
+
+template <class T, class M>
+void dot_with(const M& mask, bool by_row, const T* g, const T* x, T* masked, int64_t ld, int64_t rows, int64_t cols,
+              double* sum_g, double* sum_gx) {
   using A = Acc<T>;
   if (by_row) {
     A sum[kChunk], product[kChunk];
@@ -373,9 +411,11 @@ void dot(bool by_row, const T* g, int64_t ldg, const T* x, int64_t ldx, int64_t 
           using V = decltype(tag);
           V s(0), q(0);
           for (int64_t r = r0; r < r0 + nr; ++r) {
-            const V v = get<V>(g + r * ldg + c0 + c);
+            const int64_t i = r * ld + c0 + c;
+            const V v = mask(get<V>(g + i), i, r, c0 + c);
+            if (masked) put<V>(masked + i, v);
             s = s + v;
-            q = q + v * get<V>(x + r * ldx + c0 + c);
+            q = q + v * get<V>(x + i);
           }
           put<V>(sum + c, s);
           put<V>(product + c, q);
@@ -395,9 +435,11 @@ void dot(bool by_row, const T* g, int64_t ldg, const T* x, int64_t ldx, int64_t 
       Vec<T> sums(0), products(0);
       along<T>(std::min(kRun, cols - c0), [&](int64_t c, auto tag) {
         using V = decltype(tag);
-        const V v = get<V>(g + r * ldg + c0 + c);
+        const int64_t i = r * ld + c0 + c;
+        const V v = mask(get<V>(g + i), i, r, c0 + c);
+        if (masked) put<V>(masked + i, v);
         add_to<V, A>(sum, sums, v);
-        add_to<V, A>(product, products, v * get<V>(x + r * ldx + c0 + c));
+        add_to<V, A>(product, products, v * get<V>(x + i));
       });
       sum_g[r] += static_cast<double>(sum + sum_of(sums));
       sum_gx[r] += static_cast<double>(product + sum_of(products));
@@ -405,41 +447,55 @@ void dot(bool by_row, const T* g, int64_t ldg, const T* x, int64_t ldx, int64_t 
   }
 }
 
-// The channel's value of `a`, or 0 where `a` is null.
-template <class V, class A>
-BCOS_INLINE V channel(bool by_row, const A* a, int64_t r, int64_t c) {
-  if (!a) return V(0);
-  if (!by_row) return V(a[r]);
-  return get<V>(a + c);
+template <class T>
+void dot(bool by_row, const T* g, const T* x, T* masked, int64_t ld, int64_t rows, int64_t cols,
+         const Passed<T>& passed, double* sum_g, double* sum_gx) {
+  with_mask(by_row, x, passed,
+            [&](const auto& mask) { dot_with<T>(mask, by_row, g, x, masked, ld, rows, cols, sum_g, sum_gx); });
 }
 
 template <class T>
-void affine(bool by_row, const T* x, T* z, int64_t ld, int64_t rows, int64_t cols, const Acc<T>* gain,
-            const Acc<T>* shift) {
+void affine(bool by_row, const T* x, const T* residual, T* z, int64_t ld, int64_t rows, int64_t cols,
+            const Acc<T>* gain, const Acc<T>* shift, bool relu, Acc<T>* squares) {
   using A = Acc<T>;
   for (int64_t r = 0; r < rows; ++r) {
+    A sum = 0;
+    Vec<T> sums(0);
     along<T>(cols, [&](int64_t c, auto tag) {
       using V = decltype(tag);
       const int64_t i = r * ld + c;
       V v = get<V>(x + i) * channel<V, A>(by_row, gain, r, c);
       if (shift) v = v + channel<V, A>(by_row, shift, r, c);
+      if (residual) v = v + get<V>(residual + i);
+      if (relu) v = where_positive<T>(v, v);
       put<V>(z + i, v);
+      if (squares) {
+        if constexpr (!std::is_same_v<T, A>) v = get<V>(z + i);
+        add_to<V, A>(sum, sums, v * v);
+      }
     });
+    if (squares) squares[r] = cols < Vec<T>::size() ? sum : sum + sum_of(sums);
   }
 }
 
 template <class T>
 void affine_backward(bool by_row, const T* g, const T* x, T* dx, int64_t ld, int64_t rows, int64_t cols,
-                     const Acc<T>* gain, const Acc<T>* mean, const Acc<T>* pull) {
+                     const Passed<T>& passed, const Acc<T>* gain, const Acc<T>* mean, const Acc<T>* pull) {
   using A = Acc<T>;
-  for (int64_t r = 0; r < rows; ++r) {
-    along<T>(cols, [&](int64_t c, auto tag) {
-      using V = decltype(tag);
-      const int64_t i = r * ld + c;
-      const V centred = get<V>(x + i) - channel<V, A>(by_row, mean, r, c);
-      put<V>(dx + i, get<V>(g + i) * channel<V, A>(by_row, gain, r, c) + centred * channel<V, A>(by_row, pull, r, c));
-    });
-  }
+  with_mask(by_row, x, passed, [&](const auto& mask) {
+    for (int64_t r = 0; r < rows; ++r) {
+      along<T>(cols, [&](int64_t c, auto tag) {
+        using V = decltype(tag);
+        const int64_t i = r * ld + c;
+        V v = mask(get<V>(g + i), i, r, c) * channel<V, A>(by_row, gain, r, c);
+        if (pull) {
+          const V centred = get<V>(x + i) - channel<V, A>(by_row, mean, r, c);
+          v = v + centred * channel<V, A>(by_row, pull, r, c);
+        }
+        put<V>(dx + i, v);
+      });
+    }
+  });
 }
 
 template <class T>

@@ -16,6 +16,16 @@ namespace bcos::cpu {
 template <class T>
 using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
+// Where the ReLU behind a batch norm let a gradient through: where its output `z` is positive; where `z` is null, where
+// x * gain (+ shift) is, found again from what is read anyway. Without ReLU everywhere.
+template <class T>
+struct Passed {
+  bool relu;
+  const T* z;
+  const Acc<T>* gain;  // by channel, as `shift`, which may be null
+  const Acc<T>* shift;
+};
+
 template <class T>
 struct Tiles {
   using A = Acc<T>;
@@ -50,14 +60,17 @@ struct Tiles {
   // Adds the tile to the running (mean, sum of squared deviations) of `count` pixels before it.
   void (*moments)(bool by_row, const T* x, int64_t ldx, int64_t rows, int64_t cols, double count, double* mean,
                   double* m2);
-  // sum_g += sum of g, sum_gx += sum of g * x, by channel.
-  void (*dot)(bool by_row, const T* g, int64_t ldg, const T* x, int64_t ldx, int64_t rows, int64_t cols, double* sum_g,
-              double* sum_gx);
-  // z = x * gain + shift, by channel; `shift` may be null.
-  void (*affine)(bool by_row, const T* x, T* z, int64_t ld, int64_t rows, int64_t cols, const A* gain, const A* shift);
-  // dx = g * gain + (x - mean) * pull, by channel.
+  // With h = g where it passed the ReLU, else 0: sum_g += sum of h, sum_gx += sum of h * x, by channel; h itself goes
+  // to `masked` where that is not null.
+  void (*dot)(bool by_row, const T* g, const T* x, T* masked, int64_t ld, int64_t rows, int64_t cols,
+              const Passed<T>& passed, double* sum_g, double* sum_gx);
+  // z = x * gain (+ shift) (+ residual) (then ReLU); gain and shift by channel. Where not null, squares = the sum of
+  // z^2, as z is rounded, by pixel: of tiles by_row only. `shift` and `residual` may be null.
+  void (*affine)(bool by_row, const T* x, const T* residual, T* z, int64_t ld, int64_t rows, int64_t cols,
+                 const A* gain, const A* shift, bool relu, A* squares);
+  // dx = h * gain + (x - mean) * pull, by channel; without the second term where `pull` is null.
   void (*affine_backward)(bool by_row, const T* g, const T* x, T* dx, int64_t ld, int64_t rows, int64_t cols,
-                          const A* gain, const A* mean, const A* pull);
+                          const Passed<T>& passed, const A* gain, const A* mean, const A* pull);
 };
 
 // The table for the best instruction set of this machine (ATEN_CPU_CAPABILITY is obeyed).

@@ -1,0 +1,5 @@
+#include "elementwise.cuh"
+
+namespace bcos::cuda {
+BCOS_INSTANTIATE(c10::Half);
+}
