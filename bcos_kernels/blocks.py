@@ -1,7 +1,7 @@
 """Blocks of well-known networks whose ``forward`` is replaced by one that runs their layers in fewer passes over memory.
 
-A block is recognised by the forward pass that it has: a look-alike or a subclass with another one stays as it is. What a block
-computes does not change, nor does its state dict; when its layers are run together is said in ``modules/fused.py``.
+A block is recognised by the forward pass that it has: a look-alike or a subclass with another one stays as it is. What a
+block computes does not change, nor does its state dict; when its layers are run together is said in ``modules/fused.py``.
 """
 
 from __future__ import annotations

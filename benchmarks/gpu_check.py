@@ -52,6 +52,7 @@ def plan(gpu: str, output: Path, dry: bool = False) -> list[StepPlan]:
     return [
         StepPlan("environment", [python, "-m", "bcos_kernels.env_report"], 0.1),
         StepPlan("tests: kernels", [*tests, "tests/test_triton.py"], 0.3, is_test=not dry),
+        StepPlan("tests: native", [*tests, "tests/test_cuda_native.py"], 0.25, is_test=True),
         StepPlan("tests: networks", [*tests, "tests/test_gpu.py"], 0.25, is_test=True),
         layers("resnet50", 0.55, "resnet50"),
         StepPlan("networks: ResNet-50", [*networks, *(small if dry else large)], 0.5),

@@ -71,6 +71,7 @@ def graphs() -> list[Graph]:
 
 
 def main() -> None:
+    print(f"cuDNN {library.backend_version()}")
     where = {"device_property": library.create_device_properties(json.dumps(H100))}
     for which in graphs():
         graph = cudnn_graphs.draw(which, library, **where)

@@ -360,5 +360,7 @@ def test_every_graph_compiles_for_hopper(tmp_path: Path) -> None:
     assert not any(f["workspace"] for f in found)
     kernels = [line for line in lines if line.startswith("cudnn_generated")]
     assert len(kernels) == len(found)
+    if int(lines[0].removeprefix("cuDNN ")) < 92600:
+        return  # compiles them, but its kernels for sm_90 want to see the device
     assert sum("sm90_convFwd_pointwise_pointwise_pointwise" in k for k in kernels) == 7
     assert sum("sm90_convBwdData_pointwise_pointwise" in k for k in kernels) == 4

@@ -529,12 +529,12 @@ def test_layer_norm_empty_and_unwanted() -> None:
     options = contract.LayerNormOptions(1, 1e-5, squares=True)
     f = layer_norm.layer_norm(x, None, None, options)
     assert (f.z.shape, f.mean.shape, f.squares.shape) == ((0, 5), (0, 1), (0, 1))
-    for given in (x, torch.randn(3, 5, device=DEVICE)):
-        f = layer_norm.layer_norm(given, None, None, options)
+    for rows in (x, torch.randn(3, 5, device=DEVICE)):
+        f = layer_norm.layer_norm(rows, None, None, options)
         for needs in (contract.LayerNormNeeds(False, True, False), contract.LayerNormNeeds(True, False, True)):
-            found = layer_norm.layer_norm_backward(given, given, f.mean, f.rstd, x.new_ones(5), None, options, needs)
+            found = layer_norm.layer_norm_backward(rows, rows, f.mean, f.rstd, x.new_ones(5), None, options, needs)
             assert [t.shape if want else t.numel() for t, want in zip(found, needs, strict=True)] == [
-                shape if want else 0 for shape, want in zip((given.shape, (5,), (5,)), needs, strict=True)
+                shape if want else 0 for shape, want in zip((rows.shape, (5,), (5,)), needs, strict=True)
             ]
 
 

@@ -39,11 +39,10 @@ def norm_linear(norm: nn.Module, linear: nn.Module, x: Tensor) -> Tensor:
 
     On a CPU there is nothing to gain: the linear layer adds them up while the row is in the cache.
     """
-    y: Tensor
     if _feeds(norm, linear) and _gains(x):
-        y = linear.with_squares(*norm.with_squares(x))  # type: ignore[operator]  # nn.Module says `Tensor | Module`
-    else:
-        y = linear(norm(x))
+        fed: Tensor = linear.with_squares(*norm.with_squares(x))  # type: ignore[operator]  # says `Tensor | Module`
+        return fed
+    y: Tensor = linear(norm(x))
     return y
 
 

@@ -84,7 +84,7 @@ _GEMM: dict[tuple[str, str], dict[str, Tile]] = {
         "scattered": Tile(64, 64, 16, 8, 3),
     },
     # no tensor cores for IEEE float32: outer products in registers
-    ("any", "ieee"): dict.fromkeys(_SHAPES, Tile(64, 64, 16, 8, 2)),
+    ("any", "ieee"): dict.fromkeys(_SHAPES, Tile(64, 32, 16, 8, 2)),  # 64x64 spilled 16 bytes (Triton 3.6, sm_100)
     ("any", "double"): dict.fromkeys(_SHAPES, Tile(32, 32, 16, 4, 2)),
     # programs cost the interpreter milliseconds, elements almost nothing
     ("interpreter", "any"): dict.fromkeys(_SHAPES, Tile(64, 32, 32, 1, 1)),
@@ -152,9 +152,9 @@ def patch(t: Tensor, channels: int, *, channels_last: bool) -> Patch:
     if device_class(t) == "interpreter":
         return Patch(128, min(wide, 64), 1)
     rows = _PATCH_BYTES // t.dtype.itemsize // wide
-    if t.dtype == torch.float64:
-        # divides in software, with registers; this one did not spill with Triton 3.6 and 3.9 on sm_80, sm_90 or sm_100, where
-        # twice the tile, or as much with half or twice the threads, spilled 8 or 16 bytes in one kernel or another
+    if t.dtype.itemsize >= 4:
+        # as many elements a thread, half the threads: with 256 of them the assembler made do with too few registers, and
+        # spilled 8 or 16 bytes in one float32 or float64 kernel or another (Triton 3.6 and 3.9)
         return Patch(min(rows // 2, 64), wide, 4)
     if channels_last and rows > 64:
         # every row has 64-bit addresses of its own, and with few channels they are most of the registers (256x16 spilled)
