@@ -7,7 +7,7 @@ THREADS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 
 export OMP_NUM_THREADS ?= $(THREADS)
 
-.PHONY: demo test lint format bench gpu-check sanitize clean
+.PHONY: demo test lint format bench gpu-check gpu-sanitize sanitize clean
 
 demo: $(STAMP)
 	$(BIN)/python demo.py --output demo
@@ -31,6 +31,14 @@ bench: $(STAMP)
 MINUTES ?= 10
 gpu-check:
 	$(PYTHON) -m benchmarks.gpu_check --minutes $(MINUTES)
+
+# The native CUDA kernels under NVIDIA's compute-sanitizer, on a machine with a GPU; without torch's own memory pool, whose
+# blocks would hide an access beside a tensor.
+gpu-sanitize:
+	for tool in memcheck racecheck; do \
+		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 $(PYTHON) -m pytest -q -x \
+			-p no:cacheprovider tests/test_cuda_native.py -k "fused_conv2d or test_conv2d or test_linear" || exit 1; \
+	done
 
 # The property test on a sanitized build of the extension; the ordinary one is put back afterwards.
 SANITIZERS = $(shell $(CXX) -print-file-name=libasan.so):$(shell $(CXX) -print-file-name=libubsan.so):$(shell $(CXX) -print-file-name=libstdc++.so.6)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -49,7 +49,8 @@ def bcos_conv2d(
         normalize_weight: use ``w / ||w||`` per output row (B-cos v2) instead of ``w`` (B-cosification).
         detach_scale: explanation mode: the first derivative takes |cos| as a constant, so that ``y`` is linear in ``x``.
         squares: ``x.square().sum(1, keepdim=True)`` in float32 (float64 for float64), where it is known already; for one
-            group only. It must be that: it saves a pass over ``x`` and changes nothing else, no gradient either.
+            group only. It must be that: it saves a pass over ``x`` and changes nothing else, no gradient either. Where
+            autocast rounds ``x``, it is not used.
         backend: one name of :func:`bcos_kernels.available_backends`, ``"auto"``, or None for what ``use_backend`` set.
 
     Returns:
@@ -99,7 +100,7 @@ def bcos_conv2d(
     backend = dispatch.requested(backend)
     if backend == dispatch.REFERENCE:
         options = Options(b, stride, padding, dilation, groups, max_out, normalize_weight, detach_scale)
-        return ops.conv2d_definition(*_autocast(x, weight, bias), options)
+        return _define(ops.conv2d_definition, x, weight, bias, options)
     value, b_tensor = _split_exponent(b)
     y: Tensor = torch.ops.bcos.conv2d(
         x,
@@ -164,7 +165,7 @@ def bcos_linear(
     backend = dispatch.requested(backend)
     if backend == dispatch.REFERENCE:
         options = Options(b, max_out=max_out, normalize_weight=normalize_weight, detach_scale=detach_scale)
-        return ops.linear_definition(*_autocast(x, weight, bias), options)
+        return _define(ops.linear_definition, x, weight, bias, options)
     value, b_tensor = _split_exponent(b)
     y: Tensor = torch.ops.bcos.linear(
         x,
@@ -484,14 +485,15 @@ def _for_backward(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What autocast does to the arguments of a convolution, for the reference; the operators do it themselves."""
+def _define(
+    definition: Callable[[Tensor, Tensor, Tensor | None, Options], Tensor],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    options: Options,
+) -> Tensor:
+    """The reference, with what autocast does to a convolution; the operators do that themselves."""
     kind = x.device.type
-    if not torch.is_autocast_enabled(kind):
-        return x, weight, bias
-    dtype = torch.get_autocast_dtype(kind)
-
-    def cast(t: Tensor) -> Tensor:
-        return t.to(dtype) if t.dtype == torch.float32 else t
-
-    return cast(x), cast(weight), None if bias is None else cast(bias)
+    if torch.is_autocast_enabled(kind):
+        x, weight, bias = ops.autocast(kind, x, weight, bias)  # type: ignore[assignment]  # bias alone may be None
+    return definition(x, weight, bias, options).to(x.dtype)

@@ -108,11 +108,8 @@ def why_not(call: Call) -> str | None:
         return f"native: kernels for {device} take {names}; the tensor is {str(call.x.dtype)[6:]}"
     if call.op.startswith("layer_norm"):
         return "native: layer_norm has no kernel of its own, since torch's is as good"
-    if device == "cuda":
-        if call.op.startswith("batch_norm"):
-            return f"native: {call.op} has no CUDA kernel"
-        if (sentence := _gpu_not_covered(call.x.device.index)) is not None:
-            return sentence
+    if device == "cuda" and (sentence := _gpu_not_covered(call.x.device.index)) is not None:
+        return sentence
     if call.weight is not None and not call.op.startswith("batch_norm") and call.weight.dtype != call.x.dtype:
         return "native: kernels need x and weight in one dtype"
     if call.options.max_out > 256:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from bcos_kernels import dispatch, reference
 from bcos_kernels.contract import (
@@ -80,31 +81,48 @@ def _register_autograd(name: str, setup_context: Callable[..., None], backward: 
             return (None, *backward(ctx, ctx.needs_input_grad[1:], *grads))
 
     def kernel(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+        # forward-mode AD too: the Function refuses its tangents in a sentence, below they would silently become zero
+        dual = forward_ad._current_level >= 0
+        if dual or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
             return Derivative.apply(keyset, *args)
         return redispatch(keyset, args)
 
     _LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)
 
 
-def _register_autocast(name: str, tensors: int) -> None:
-    """The rule of ``torch.nn.functional.conv2d``: the first ``tensors`` arguments are cast to the autocast dtype.
+def autocast(device: str, *tensors: _Maybe) -> list[_Maybe]:
+    """What autocast does to the arguments of ``torch.nn.functional.conv2d``: all but float64 get its dtype."""
+    dtype = torch.get_autocast_dtype(device)
+    return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
+
+
+def _register_autocast(name: str) -> None:
+    """The rule of ``torch.nn.functional.conv2d`` for ``x``, ``weight`` and ``bias``; gradients are in their dtypes.
 
     Norms and scales are computed in float32 anyway, and B is not cast.
     """
 
-    def kernel(device: str, key: torch._C.DispatchKey) -> Callable[..., Any]:
-        def call(*args: Any) -> Any:
-            dtype = torch.get_autocast_dtype(device)
-            cast = [t.to(dtype) if isinstance(t, Tensor) and t.dtype == torch.float32 else t for t in args[:tensors]]
-            with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
-                return getattr(torch.ops.bcos, name)(*cast, *args[tensors:])
+    def register(device: str, op: str, prepare: Callable[..., tuple[Any, ...]]) -> None:
+        key = f"Autocast{device.upper()}"
+        excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+        packet = getattr(torch.ops.bcos, op)
 
-        return call
+        def kernel(*args: Any) -> Any:
+            with torch._C._ExcludeDispatchKeyGuard(excluded):
+                return packet(*prepare(device, *args))
+
+        _LIBRARY.impl(op, kernel, key)
+
+    def forward(device: str, x: Tensor, weight: Tensor, bias: _Maybe, *rest: Any) -> tuple[Any, ...]:
+        *options, squares, for_backward, backend = rest
+        cast = autocast(device, x, weight, bias)
+        # what was summed before `x` was rounded is not its sum of squares any more
+        return (*cast, *options, squares if cast[0] is x else None, for_backward, backend)
 
     for device in ("cpu", "cuda"):
-        key = f"Autocast{device.upper()}"
-        _LIBRARY.impl(name, kernel(device, getattr(torch._C.DispatchKey, key)), key)
+        register(device, name, forward)
+        # backward of a layer that ran outside may be called inside: its matrix products are not to be cast
+        register(device, f"{name}_backward", lambda device, *args: args)
 
 
 def _options(
@@ -229,16 +247,24 @@ def _backward_fake(
     )
 
 
-def _in_formats(g: Gradients, x: Tensor, weight: Tensor, b_tensor: _Maybe, like_conv: bool) -> Gradients:
-    """A backend's gradients in the memory formats and dtypes of the contract (nothing happens where they are already)."""
+def _apart(grads: Sequence[Tensor], needs: Sequence[bool], like: Tensor) -> list[Tensor]:
+    """A backend's gradients, with an empty tensor of its own in the place of each that is not wanted.
+
+    Backends put the same one everywhere, but the outputs of an operator must not share storage.
+    """
+    return [g if need else _empty(like) for g, need in zip(grads, needs, strict=True)]
+
+
+def _in_formats(g: Gradients, x: Tensor, weight: Tensor, b_tensor: _Maybe, needs: Needs, like_conv: bool) -> Gradients:
+    """Gradients in the memory formats and dtypes of the contract (nothing happens where they are already)."""
     dx, dweight, dbias, db = g
-    if like_conv and dx.dim() == 4:
-        dx = dx.contiguous(memory_format=memory_format(x, weight))
-    if like_conv and dweight.dim() == 4:
+    if needs.x:
+        dx = dx.contiguous(memory_format=memory_format(x, weight)) if like_conv else dx.contiguous()
+    if needs.weight and like_conv:
         dweight = dweight.contiguous(memory_format=memory_format(weight))
-    if b_tensor is not None and db.numel():
+    if needs.b and b_tensor is not None:
         db = db.to(b_tensor.dtype).view_as(b_tensor)
-    return Gradients(dx.contiguous() if not like_conv else dx, dweight, dbias, db)
+    return Gradients(dx, dweight, dbias, db)
 
 
 class _Layer:
@@ -276,7 +302,7 @@ class _Layer:
         self.backward_op = getattr(torch.ops.bcos, f"{name}_backward").default
         _register_autograd(name, self.save_for_backward, self.differentiate)
         _register_autograd(f"{name}_backward", self.save_for_double_backward, self.differentiate_twice)
-        _register_autocast(name, tensors=3)
+        _register_autocast(name)
 
     # -- forward
 
@@ -344,12 +370,12 @@ class _Layer:
         *rest: Any,
     ) -> Gradients:
         *plain, backend = rest
-        options = self.make_options(b_tensor, *plain)
+        options, wanted = self.make_options(b_tensor, *plain), Needs(*needs)
         module = dispatch.choose(backend, Call(f"{self.name}_backward", x, weight, options), strict=False)
         grads = getattr(module, f"{self.name}_backward")(
-            grad, x, weight, bias, Saved(kept, norm, winner), options, Needs(*needs)
+            grad, x, weight, bias, Saved(kept, norm, winner), options, wanted
         )
-        return _in_formats(grads, x, weight, b_tensor, self.like_conv)
+        return _in_formats(Gradients(*_apart(grads, needs, grad)), x, weight, b_tensor, wanted, self.like_conv)
 
     def backward_fake(
         self, grad: Tensor, x: Tensor, weight: Tensor, bias: _Maybe, b_tensor: _Maybe, *rest: Any
@@ -501,14 +527,15 @@ def _batch_norm_backward(
     backend: str,
 ) -> NormGradients:
     module = dispatch.choose(backend, Call("batch_norm_uncentered2d_backward", x, weight), strict=False)
-    dx, dweight, dbias, dresidual = module.batch_norm_uncentered2d_backward(
+    grads = module.batch_norm_uncentered2d_backward(
         grad, x, z, mean, var, weight, bias, NormOptions(eps, relu, detach_var), NormNeeds(*needs)
     )
+    dx, dweight, dbias, dresidual = _apart(grads, needs, grad)
     fmt = memory_format(x)
     return NormGradients(
         dx.contiguous(memory_format=fmt) if needs[0] else dx,
         dweight,
-        dbias if bias is None else dbias.to(bias.dtype),
+        dbias.to(bias.dtype) if needs[2] and bias is not None else dbias,
         dresidual.contiguous(memory_format=fmt) if needs[3] else dresidual,
     )
 
@@ -660,13 +687,14 @@ def _layer_norm_backward(
     backend: str,
 ) -> LayerNormGradients:
     module = dispatch.choose(backend, Call("layer_norm_backward", x), strict=False)
-    dx, dweight, dbias = module.layer_norm_backward(
+    grads = module.layer_norm_backward(
         grad, x, mean, rstd, weight, bias, LayerNormOptions(axes, eps, detach_var), LayerNormNeeds(*needs)
     )
+    dx, dweight, dbias = _apart(grads, needs, grad)
     return LayerNormGradients(
         dx.contiguous(),
-        dweight if weight is None else dweight.to(weight.dtype),
-        dbias if bias is None else dbias.to(bias.dtype),
+        dweight.to(weight.dtype) if needs[1] and weight is not None else dweight,
+        dbias.to(bias.dtype) if needs[2] and bias is not None else dbias,
     )
 
 

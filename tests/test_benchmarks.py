@@ -100,7 +100,8 @@ def test_a_refusal_is_no_failure_and_a_wrong_result_is(
 def test_gpu_check_says_what_its_steps_understand(dry: bool, tmp_path: Path) -> None:
     parsers = {"benchmarks.bench_layers": bench_layers.parser(), "benchmarks.bench_networks": bench_networks.parser()}
     steps = gpu_check.plan("gpu", tmp_path, dry)
-    assert [s.name for s in steps][:4] == ["environment", "tests: kernels", "tests: networks", "layers: resnet50"]
+    first = ["environment", "tests: kernels", "tests: native", "tests: networks", "layers: resnet50"]
+    assert [s.name for s in steps][:5] == first
     measured = set()
     for step in steps:
         module = step.command[2]

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 import bcos_kernels as bk
-from bcos_kernels import native, reference
+from bcos_kernels import native, portable, reference
+from bcos_kernels.contract import NormNeeds, NormOptions
 from tests import cuda_emulation, test_native
 from tests.op_cases import Case, matrix, modes
 from tests.test_native import CHANNELS_LAST, CONTIGUOUS, CONV_CASES, EXPONENTS_AND_MODES, LINEAR_CASES, describe
@@ -24,6 +25,8 @@ pytestmark = [
     pytest.mark.skipif(cuda_emulation.why_not() is not None, reason=str(cuda_emulation.why_not())),
 ]
 
+#: The second has several blocks a channel in channels-last.
+NORM_SHAPES = [(3, 37, 7, 9), (2, 16, 48, 48), (5, 300, 1, 1), (1, 1, 3, 5)]
 HALVES = [torch.bfloat16, torch.float16]
 DTYPES = [torch.float64, torch.float32, *HALVES]
 #: (the last warp runs first, copies land only where they are waited for)
@@ -99,6 +102,46 @@ def test_ties_nan_and_zeros() -> None:
 @pytest.mark.parametrize("k", [1, 3])
 def test_gradcheck(k: int) -> None:
     test_native.test_gradcheck(k, 1.5)
+
+
+# ---- batch norm
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("fmt", [CHANNELS_LAST, CONTIGUOUS], ids=lambda f: str(f)[6:])
+@pytest.mark.parametrize("shape", NORM_SHAPES, ids=str)
+def test_batch_norm(shape: tuple[int, ...], fmt: torch.memory_format, dtype: torch.dtype) -> None:
+    for add, relu in [(False, False), (False, True), (True, True)]:
+        test_native.test_batch_norm(shape, fmt, dtype, add, relu)
+
+
+@pytest.mark.parametrize("fmt", [CHANNELS_LAST, CONTIGUOUS], ids=lambda f: str(f)[6:])
+def test_batch_norm_contract(fmt: torch.memory_format) -> None:
+    test_native.test_batch_norm_contract(fmt, torch.float32)
+
+
+@pytest.mark.parametrize("fmt", [CHANNELS_LAST, CONTIGUOUS], ids=lambda f: str(f)[6:])
+def test_batch_norm_far_from_zero(fmt: torch.memory_format) -> None:
+    test_native.test_batch_norm_far_from_zero(fmt)
+
+
+def test_batch_norm_of_many_pixels() -> None:
+    """Several blocks a channel in the contiguous format too."""
+    x, weight, bias = (t.float() for t in test_native.norm_inputs((3, 2, 320, 240), CONTIGUOUS))
+    options = NormOptions(1e-5)
+    ours, theirs = (m.batch_norm_uncentered2d(x, None, weight, bias, None, options) for m in (native, portable))
+    for a, t in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, t)
+    needs = NormNeeds(True, True, True, False)
+    given = (torch.randn(x.shape, generator=torch.Generator().manual_seed(3)), x, None, *theirs[1:3], weight, bias)
+    ours, theirs = (m.batch_norm_uncentered2d_backward(*given, options, needs) for m in (native, portable))
+    for a, t in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, t, rtol=1e-4, atol=1e-4)
+
+
+def test_batch_norm_of_nothing_and_gradcheck() -> None:
+    test_native.test_batch_norm_of_nothing()
+    test_native.test_batch_norm_gradcheck()
 
 
 def test_given_squares() -> None:
@@ -198,18 +241,20 @@ def test_order_of_warps_changes_no_pass(ops: Any) -> None:
 
 @pytest.mark.parametrize(
     ("x", "weight", "groups"),
-    [((7, 600, 3, 3), (600, 1, 3, 3), 600), ((33000, 128), (3, 128), 1)],
+    [((7, 4800, 3, 3), (600, 8, 3, 3), 600), ((33000, 128), (3, 128), 1)],
     ids=["contiguous", "rows"],
 )
-def test_more_work_than_blocks(x: tuple[int, ...], weight: tuple[int, ...], groups: int) -> None:
+def test_more_work_than_blocks(x: tuple[int, ...], weight: tuple[int, ...], groups: int, ops: Any) -> None:
     """A launch has 4096 blocks at most: here each of them makes several rounds."""
     rng = torch.Generator().manual_seed(0)
     tensors: list[Tensor | None] = [torch.randn(x, dtype=torch.float64, generator=rng)]
     tensors += [torch.randn(weight, dtype=torch.float64, generator=rng), None]
-    if groups > 1:
-        test_native.check(bk.bcos_conv2d, tensors, 2.0, torch.float32, groups=groups, padding=1)
-    else:
-        test_native.check(bk.bcos_linear, tensors, 2.0, torch.float32)
+    for last_warp_first in (False, True):
+        ops.set_schedule(last_warp_first, True)
+        if groups > 1:
+            test_native.check(bk.bcos_conv2d, tensors, 2.0, torch.float32, groups=groups, padding=1)
+        else:
+            test_native.check(bk.bcos_linear, tensors, 2.0, torch.float32)
 
 
 def surrounded_by_nans(t: Tensor) -> Tensor:
@@ -247,7 +292,11 @@ def test_fused_layers_through_autograd(dtype: torch.dtype, ops: Any) -> None:
         test_native.check(bk.bcos_linear, rows, b, dtype, detach_scale=detach)
 
 
-@pytest.mark.parametrize("case", [{"size": (5, 5)}, {"c": 12}, {"groups": 4}, {"max_out": 2}], ids=describe)
+@pytest.mark.parametrize(
+    "case",
+    [{"size": (5, 5)}, {"size": (1, 1), "padding": 1}, {"c": 12}, {"groups": 4}, {"max_out": 2}],
+    ids=describe,
+)
 def test_what_the_kernels_do_not_take_goes_through_passes(case: dict[str, Any], ops: Any) -> None:
     ops.force_fused(True)
     tensors, options = test_native.make_conv({"format": CONTIGUOUS, "c": 40, "o": 48, **case})

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Callable
+
+from torch import Tensor, nn
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -10,6 +12,11 @@ def has_hooks(module: nn.Module) -> bool:
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
+
+
+def runs(module: nn.Module, forward: Callable[..., Tensor]) -> bool:
+    """Whether that is the module's forward pass: not one of a subclass, nor one that was put onto the module itself."""
+    return getattr(module.forward, "__func__", None) is forward
 
 
 class DetachableModule(nn.Module):

@@ -6,14 +6,14 @@ the layers are called one after another, as if this file did not exist.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import pairwise
 from typing import TypeGuard
 
+import torch
 from torch import Tensor, nn
 
 from bcos_kernels.modules.bcos import BcosConv2d, BcosLinear
-from bcos_kernels.modules.detachable import has_hooks
+from bcos_kernels.modules.detachable import has_hooks, runs
 from bcos_kernels.modules.norm import BatchNormUncentered2d, DetachableLayerNorm, is_plain_relu
 
 
@@ -37,7 +37,8 @@ def norm_relu_conv(norm: nn.Module, relu: nn.Module, conv: nn.Module, x: Tensor)
 def norm_linear(norm: nn.Module, linear: nn.Module, x: Tensor) -> Tensor:
     """``linear(norm(x))``: on a GPU the layer norm's pass also makes the sums of squares for the B-cos linear layer.
 
-    On a CPU there is nothing to gain: the linear layer adds them up while the row is in the cache.
+    On a CPU there is nothing to gain: the linear layer adds them up while the row is in the cache. Nor under autocast, which
+    rounds what the norm writes.
     """
     if _feeds(norm, linear) and _gains(x):
         fed: Tensor = linear.with_squares(*norm.with_squares(x))  # type: ignore[operator]  # says `Tensor | Module`
@@ -70,22 +71,22 @@ class FusedSequential(nn.Sequential):
 
 
 def _fuses(norm: nn.Module, relu: nn.Module) -> TypeGuard[BatchNormUncentered2d]:
-    return _runs(norm, BatchNormUncentered2d.forward) and not has_hooks(norm) and is_plain_relu(relu)
+    return runs(norm, BatchNormUncentered2d.forward) and not has_hooks(norm) and is_plain_relu(relu)
 
 
 def _feeds(norm: nn.Module, linear: nn.Module) -> bool:
     return (
         isinstance(norm, DetachableLayerNorm)
-        and _runs(norm, DetachableLayerNorm.forward)
+        and runs(norm, DetachableLayerNorm.forward)
         and len(norm.normalized_shape) == 1
-        and _runs(linear, BcosLinear.forward)
+        and runs(linear, BcosLinear.forward)
         and not has_hooks(norm)
         and not has_hooks(linear)
     )
 
 
 def _gains(x: Tensor) -> bool:
-    return x.is_cuda
+    return x.is_cuda and not torch.is_autocast_enabled("cuda")
 
 
 def _alike(residual: Tensor, x: Tensor) -> bool:
@@ -94,9 +95,4 @@ def _alike(residual: Tensor, x: Tensor) -> bool:
 
 
 def _takes_squares(conv: nn.Module) -> TypeGuard[BcosConv2d]:
-    return _runs(conv, BcosConv2d.forward) and not has_hooks(conv) and bool(conv.takes_squares)
-
-
-def _runs(module: nn.Module, forward: Callable[..., Tensor]) -> bool:
-    """Whether that is the module's forward pass: not one of a subclass, nor one that was put onto the module itself."""
-    return getattr(module.forward, "__func__", None) is forward
+    return runs(conv, BcosConv2d.forward) and not has_hooks(conv) and bool(conv.takes_squares)

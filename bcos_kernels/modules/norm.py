@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from bcos_kernels import reference
 from bcos_kernels.functional import batch_norm_with_squares, layer_norm, layer_norm_with_squares
-from bcos_kernels.modules.detachable import DetachableModule, has_hooks
+from bcos_kernels.modules.detachable import DetachableModule, has_hooks, runs
 
 
 class BatchNormUncentered2d(nn.BatchNorm2d, DetachableModule):
@@ -73,7 +73,7 @@ class BatchNormUncentered2d(nn.BatchNorm2d, DetachableModule):
 
 def is_plain_relu(module: nn.Module) -> bool:
     """Whether nothing would be missed if the module were not called but its function applied."""
-    return type(module) is nn.ReLU and not has_hooks(module)
+    return type(module) is nn.ReLU and runs(module, nn.ReLU.forward) and not has_hooks(module)
 
 
 class BatchNormActUncentered2d(BatchNormUncentered2d):

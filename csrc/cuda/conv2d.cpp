@@ -39,7 +39,9 @@ struct Geometry {
     constexpr int64_t most = 1 << 28;  // a coordinate and its padding are 32-bit numbers in the kernels
     const bool small = window.height < most && window.width < most && window.padding[0] < most &&
                        window.padding[1] < most && of_x.channels < most && of_y.channels < most;
-    return small && of_x.by_row && of_x.groups == 1 && of_y.map_size() > 0 && x.numel() > 0 && of_y.channels > 0 &&
+    // The weights are rows of (tap, channel), which for one tap they are in both formats.
+    const bool rows = sizes.format == at::MemoryFormat::ChannelsLast || (of_x.by_row && window.is_pixel());
+    return small && rows && of_x.groups == 1 && of_y.map_size() > 0 && x.numel() > 0 && of_y.channels > 0 &&
            cuda::fuses(x, w, form, sizes.max_out, of_x.channels,
                        of_x.channels * window.kernel[0] * window.kernel[1]);
   }

@@ -25,7 +25,7 @@ struct SquareSums {
     for (A& s : sum) s = 0;
   }
   __device__ void begin(int64_t) {}
-  __device__ void chunk(int64_t row, int64_t col, int64_t ld) {
+  __device__ void chunk(int64_t row, int64_t col, int64_t ld, int64_t) {
     const auto x = load<V>(p_x + row * ld + col);
 #pragma unroll
     for (int i = 0; i < V; ++i) {
@@ -129,7 +129,7 @@ struct ScaleForwardBody {
 #pragma unroll
     for (int i = 0; i < (BY_ROW ? 1 : V); ++i) rn[i] = A(1) / a.norm[map + i];
   }
-  __device__ void chunk(int64_t row, int64_t col, int64_t ld) {
+  __device__ void chunk(int64_t row, int64_t col, int64_t ld, int64_t) {
     const int64_t at = row * ld + col;
     Vector<T, V> linear, y;
     Vector<uint8_t, V> winner;
@@ -190,7 +190,7 @@ struct ScaleBackwardBody {
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) rn[i] = A(1) / a.norm[map + i];
   }
-  __device__ void chunk(int64_t row, int64_t col, int64_t ld) {
+  __device__ void chunk(int64_t row, int64_t col, int64_t ld, int64_t) {
     const int64_t at = row * ld + col;
     const auto grad = load<V>(a.grad + at);
     Vector<T, V> kept, dl;
@@ -275,7 +275,7 @@ struct AddPull {
 #pragma unroll
     for (int i = 0; i < (BY_ROW ? 1 : V); ++i) pull[i] = p_pull[map + i];
   }
-  __device__ void chunk(int64_t row, int64_t col, int64_t ld) {
+  __device__ void chunk(int64_t row, int64_t col, int64_t ld, int64_t) {
     const int64_t at = row * ld + col;
     const auto x = load<V>(p_x + at);
     auto dx = load<V>(p_dx + at);

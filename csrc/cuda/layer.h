@@ -37,6 +37,16 @@ Four linear_backward(const at::Tensor& grad, const at::Tensor& x, const at::Tens
                      const std::optional<at::Tensor>& learned_b, int64_t form, int64_t max_out, bool normalize_weight,
                      bool detach);
 
+// (z, mean, batch_var, squares)
+Four batch_norm(const at::Tensor& x, const std::optional<at::Tensor>& var, const std::optional<at::Tensor>& weight,
+                const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& residual, double eps, bool relu,
+                bool squares);
+// (dx, dweight, dbias, dresidual)
+Four batch_norm_backward(const at::Tensor& grad, const at::Tensor& x, const std::optional<at::Tensor>& z,
+                         const at::Tensor& mean, const at::Tensor& var, const std::optional<at::Tensor>& weight,
+                         const std::optional<at::Tensor>& bias, double eps, bool relu, bool detach_var,
+                         std::array<bool, 4> needs);
+
 // For tests and benchmarks: the fused convolution wherever it can run (true), nowhere (false), or as the table says.
 void force_fused(std::optional<bool> fused);
 

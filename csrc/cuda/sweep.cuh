@@ -45,7 +45,7 @@ __device__ __forceinline__ void sum_over_slices(A (&sum)[W]) {
 // What a pass does is its Body:
 //   clear()                before everything
 //   begin(map)             before the channels; `map` is where the (first) pixel stands in a map
-//   chunk(row, col, ld)    V elements, from row * ld + col on
+//   chunk(row, col, ld, c) V elements, from row * ld + col on: channels c, c + 1, ..., or pixels of channel c
 //   end(map)               after them, by the team's first thread; only with kSums, when Body::sum was summed
 // A body holds what belongs to a pixel once (channels-last) or V times (contiguous).
 template <bool BY_ROW, int V, class Body>
@@ -67,7 +67,7 @@ __device__ __forceinline__ void sweep(const Layout& at, int lanes, Body& body) {
       body.clear();
       if (active) {
         body.begin(map);
-        for (int64_t c = lane * V; c < own; c += lanes * V) body.chunk(s, c, own);
+        for (int64_t c = lane * V; c < own; c += lanes * V) body.chunk(s, c, own, c);
       }
       if constexpr (Body::kSums) {
         sum_over_lanes(body.sum, lanes);
@@ -84,7 +84,9 @@ __device__ __forceinline__ void sweep(const Layout& at, int lanes, Body& body) {
       body.clear();
       if (active) {
         body.begin(plane * at.pixels + pixel);
-        for (int64_t c = slice; c < own; c += kSlices) body.chunk(plane * own + c, pixel, at.pixels);
+        // Unrolled, it spills on sm_100 and sm_120.
+#pragma unroll 1
+        for (int64_t c = slice; c < own; c += kSlices) body.chunk(plane * own + c, pixel, at.pixels, c);
       }
       if constexpr (Body::kSums) {
         sum_over_slices(body.sum);

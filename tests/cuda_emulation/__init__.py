@@ -13,7 +13,7 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 SOURCES = HERE.parent.parent / "csrc"
-OPERATIONS = ("conv2d", "conv2d_backward", "linear", "linear_backward")
+OPERATIONS = ("conv2d", "conv2d_backward", "linear", "linear_backward", "batch_norm", "batch_norm_backward")
 
 FLAGS = [
     *("-O2", "-std=c++20", "-fPIC", "-DBCOS_EMULATE", f"-I{HERE}", "-x", "c++"),

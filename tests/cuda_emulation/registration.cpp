@@ -31,4 +31,6 @@ TORCH_LIBRARY_IMPL(bcos_emulated, CPU, m) {
   m.impl("conv2d_backward", &bcos::cuda::conv2d_backward);
   m.impl("linear", &bcos::cuda::linear);
   m.impl("linear_backward", &bcos::cuda::linear_backward);
+  m.impl("batch_norm", &bcos::cuda::batch_norm);
+  m.impl("batch_norm_backward", &bcos::cuda::batch_norm_backward);
 }
