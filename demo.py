@@ -362,6 +362,6 @@ if __name__ == "__main__":
     # Read when torch is loaded, which is why it is set here. Threads that wait busily starve each other on a shared machine:
     # on 2 cores at load 6 a training step took 1.4 to 4.6 s with "ACTIVE" and 0.1 s with "PASSIVE".
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from training import cli
+    from models import cli
 
     cli.run(main)

@@ -9,14 +9,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import torchvision
 
 import bcos_kernels as bk
-from models import experiments
-from models.checkpoints import experiment_directory, find_checkpoint, load_weights
+from models import cli, clip_options, experiments, zeroshot
+from models.atomic import writing
+from models.checkpoints import chosen_checkpoint, load_weights
+from models.class_names import class_names, in_sentences
 from models.errors import UserError, suggestion
 from models.factory import as_trained, untrained
-from models.recipes import DataRecipe, Experiment
+from models.recipes import DataRecipe
 
 TABLE = "classes.csv"
 _SHOWN = 5
@@ -30,23 +31,16 @@ def get_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("images", type=Path, nargs="+", help="image files")
     parser.add_argument("--output", type=Path, default=Path("explanations"), help="a folder; default: %(default)s")
-    parser.add_argument(
-        "--base_directory", type=Path, default=Path("./experiments"), help="where experiments are stored"
-    )
-    parser.add_argument("--dataset", default="ImageNet", help=f"one of {', '.join(experiments.datasets())}")
-    parser.add_argument("--base_network", required=True, help=f"one of {', '.join(experiments.base_networks())}")
-    parser.add_argument("--experiment_name", required=True, help="see train.py --list")
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument(
-        "--reload",
-        default="last",
-        help="'last', 'best', 'best_any' or 'epoch_N' of the experiment's checkpoints; default: %(default)s",
-    )
-    source.add_argument("--weights", type=Path, metavar="PATH", help="a checkpoint or state dict of this network")
-    parser.add_argument("--ema", action="store_true", help="the moving average of the weights, where the file has one")
+    cli.add_experiment(parser, dataset="ImageNet")
+    cli.add_checkpoint(parser)
     parser.add_argument("--target", help="explain this class, by name or number, instead of the predicted one")
     parser.add_argument("--data_path", type=Path, help="ImageFolder: where the images are, for the classes' names")
     parser.add_argument("--no-cuda", action="store_true", help="use the CPU even where there is a GPU")
+    clip = parser.add_argument_group("CLIP's image encoders: the similarity of image and text is explained")
+    clip.add_argument(
+        "--text", nargs="+", help="these take the place of the classes (default: the dataset's, in OpenAI's sentences)"
+    )
+    clip_options.add(clip)
     return parser
 
 
@@ -57,7 +51,8 @@ def main(argv: list[str] | None = None) -> list[dict[str, object]]:
         argv: the options; default: the command line.
 
     Returns:
-        The table: for every image and class "image", "rank", "class", "name", "logit" and "confidence", the sigmoid.
+        The table: for every image and class "image", "rank", "class", "name", "logit" and "confidence", the sigmoid. Of
+        CLIP's encoders the classes are texts, logits 100 times the cosines, and the confidence is the softmax over them.
 
     Raises:
         models.errors.UserError: options, images or weights that do not fit; the message says what to do.
@@ -66,18 +61,20 @@ def main(argv: list[str] | None = None) -> list[dict[str, object]]:
     experiment = experiments.find(args.dataset, args.base_network, args.experiment_name)
     if not experiment.model.converted:
         raise UserError(f"base_network '{args.base_network}' is conventional: its networks have no explanation.")
-    if experiment.model.num_classes == 0:
-        raise UserError(f"'{experiment.name}' gives embeddings, not classes that could be explained.")
+    clip = experiment.base_network == experiments.CONVERTED_CLIP
+    _check_text(args, clip)
 
     # Lightning takes seconds to import; --help and a misspelt name should not.
     from training.data import eval_transform, read_image
 
-    path, ema = args.weights, args.ema
-    if path is None:
-        directory = experiment_directory(experiment, args.experiment_name, args.base_directory)
-        path, ema = find_checkpoint(directory, args.reload, ema=ema)
+    path, ema = chosen_checkpoint(
+        *(experiment, args.experiment_name, args.base_directory),
+        reload=args.reload,
+        weights=args.weights,
+        ema=args.ema,
+    )
     experiment = as_trained(experiment, path)
-    names = class_names(experiment, args.data_path)
+    names = args.text or class_names(experiment, args.data_path)
     target = None if args.target is None else _target(args.target, names)
     transform = eval_transform(_for_files(experiment.data))
     images = [transform(read_image(str(image))) for image in args.images]
@@ -86,39 +83,39 @@ def main(argv: list[str] | None = None) -> list[dict[str, object]]:
     print(f"Weights: {path}{' (moving average)' if ema else ''}")
 
     device = torch.device("cuda" if torch.cuda.is_available() and not args.no_cuda else "cpu")
+    if clip:
+        sentences = args.text or in_sentences(args.dataset, names)
+        templates = (lambda: [str]) if args.text else zeroshot.openai_templates
+        model = clip_options.classifier(args, model, sentences, templates, device)
     model.to(device)
     rows: list[dict[str, object]] = []
     for stem, file, image in zip(_stems(args.images), args.images, images, strict=True):
         explanation = bk.explain(model, image[None].to(device), target)
-        _write(explanation, args.output, stem)
-        rows += _table(explanation, file, names)
+        with writing("--output", args.output):
+            _write(explanation, args.output, stem)
+        rows += _table(explanation, file, names, softmax=clip)
         explained = int(explanation.targets)
         print(f"{file}: class {explained}, {names[explained]} -> {args.output / stem}.*.png")
         for row in rows[-min(_SHOWN, len(names)) :]:
-            print(f"    {row['confidence']:7.2%}  {row['class']:>4}  {row['name']}")
-    with (args.output / TABLE).open("w", newline="") as sheet:
+            print(f"    {row['confidence']:7.2%}  logit {row['logit']:7.2f}  {row['class']:>4}  {row['name']}")
+    with writing("--output", args.output), (args.output / TABLE).open("w", newline="") as sheet:
         writer = csv.DictWriter(sheet, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
     return rows
 
 
-def class_names(experiment: Experiment, data_path: Path | None) -> list[str]:
-    """What the dataset calls its classes; numbers where that is not known here."""
-    dataset, count = experiment.dataset, experiment.model.num_classes
-    names = [] if count is None else [str(number) for number in range(count)]
-    if dataset == "ImageNet":
-        names = list(torchvision.models.ResNet18_Weights.IMAGENET1K_V1.meta["categories"])
-    elif dataset == "CIFAR10":
-        names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-    elif data_path is not None:
-        folders = (data_path / "val").iterdir() if (data_path / "val").is_dir() else ()
-        names = sorted(folder.name for folder in folders if folder.is_dir())
-    if not names or (count is not None and len(names) != count):
-        known = f"the network has {count} classes" if count is not None else "no config.json says how many classes"
-        where = f", {data_path / 'val'} has {len(names)} folders" if data_path is not None else "; give --data_path"
-        raise UserError(f"The classes of '{experiment.name}' are not known: {known}{where}.")
-    return names
+def _check_text(args: argparse.Namespace, clip: bool) -> None:
+    given = (["--text"] if args.text else []) + clip_options.given(args) + (["--attn_unpool"] * args.attn_unpool)
+    if given and not clip:
+        raise UserError(f"{given[0]} needs --base_network {experiments.CONVERTED_CLIP}.")
+    if args.text and args.data_path is not None:
+        raise UserError(
+            "--data_path: the texts of --text are explained, so no classes are looked up there; leave it out."
+        )
+    if clip and args.dataset == "CC3M" and not args.text:
+        raise UserError("CC3M has no classes to explain: give texts with --text.")
+    clip_options.check(args)
 
 
 def _for_files(recipe: DataRecipe) -> DataRecipe:
@@ -160,7 +157,8 @@ def _write(explanation: bk.Explanation, folder: Path, stem: str) -> None:
     imsave(folder / f"{stem}.contributions.png", contributions.numpy(), cmap="bwr", vmin=-limit, vmax=limit)
 
 
-def _table(explanation: bk.Explanation, image: Path, names: Sequence[str]) -> list[dict[str, object]]:
+def _table(explanation: bk.Explanation, image: Path, names: Sequence[str], *, softmax: bool) -> list[dict[str, object]]:
+    confidences = explanation.logits[0].softmax(0) if softmax else explanation.logits[0].sigmoid()
     logits, classes = explanation.logits[0].topk(min(_SHOWN, len(names)))
     return [
         {
@@ -169,13 +167,11 @@ def _table(explanation: bk.Explanation, image: Path, names: Sequence[str]) -> li
             "class": index,
             "name": names[index],
             "logit": logit,
-            "confidence": float(torch.tensor(logit).sigmoid()),
+            "confidence": float(confidences[index]),
         }
         for rank, (logit, index) in enumerate(zip(logits.tolist(), classes.tolist(), strict=True), start=1)
     ]
 
 
 if __name__ == "__main__":
-    from training import cli
-
     cli.run(main)

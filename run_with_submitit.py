@@ -6,10 +6,12 @@ A job that is preempted or runs out of time is queued again, and resumes from it
 from __future__ import annotations
 
 import argparse
+import math
 import secrets
 from typing import Any
 
 import train
+from models import cli
 from models.errors import UserError
 
 # So long before its end a job is told to stop, minutes.
@@ -21,15 +23,19 @@ def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Train an experiment as a SLURM job. All other options are train.py's.", allow_abbrev=False
     )
-    parser.add_argument("--gpus", type=int, default=4, help="GPUs on each machine (default: %(default)s)")
-    parser.add_argument("--nodes", "--node", type=int, default=1, help="machines (default: %(default)s)")
+    parser.add_argument("--gpus", type=cli.positive, default=4, help="GPUs on each machine (default: %(default)s)")
+    parser.add_argument("--nodes", "--node", type=cli.positive, default=1, help="machines (default: %(default)s)")
     limit = parser.add_mutually_exclusive_group(required=True)
     limit.add_argument("--timeout", type=float, metavar="HOURS", help="time limit of one job")
     limit.add_argument("--timeout_min", type=float, metavar="MINUTES", help="the same in minutes")
-    parser.add_argument("--requeue", type=int, default=300, help="queue it again so often (default: %(default)s)")
+    parser.add_argument(
+        "--requeue", type=cli.not_negative, default=300, help="queue it again so often (default: %(default)s)"
+    )
     parser.add_argument("--partition", help="where to submit (default: the cluster's)")
     parser.add_argument("--job_name", help="default: the experiment's name")
-    parser.add_argument("--cpus_per_task", type=int, default=16, help="cores for each GPU (default: %(default)s)")
+    parser.add_argument(
+        "--cpus_per_task", type=cli.positive, default=16, help="cores for each GPU (default: %(default)s)"
+    )
     parser.add_argument("--mem_gb", type=float, help="memory of each machine (default: the cluster's)")
     parser.add_argument(
         "--cluster",
@@ -70,12 +76,16 @@ def main(argv: list[str] | None = None) -> Any:
         models.errors.UserError: options that do not fit, or submitit is not installed.
     """
     args, training = get_parser().parse_known_args(argv)
-    for option in ("gpus", "nodes", "cpus_per_task"):
-        if getattr(args, option) < 1:
-            raise UserError(f"--{option} must be at least 1, got {getattr(args, option)}.")
+    for option in ("timeout", "timeout_min", "mem_gb"):
+        value = getattr(args, option)
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"--{option} must be a finite number above 0, got {value}.")
     options = train.get_parser().parse_args(training)
     if options.devices is not None or options.num_nodes != 1:
         raise UserError("--devices and --num_nodes follow from --gpus and --nodes here.")
+    for option in ("list", "print_config", "debug"):
+        if getattr(options, option):
+            raise UserError(f"--{option} is nothing to submit: give it to train.py.")
     experiment = train.chosen_experiment(options)
     try:
         import submitit
@@ -88,7 +98,10 @@ def main(argv: list[str] | None = None) -> Any:
         more = ["--devices", str(args.gpus), "--num_nodes", str(args.nodes)]
         training = [*training, *more, *([] if options.distributed else ["--distributed"])]
     folder = experiment.directory(options.base_directory) / "slurm_logs" / "%j"
-    executor = submitit.AutoExecutor(folder, cluster=args.cluster, slurm_max_num_timeout=args.requeue)
+    try:
+        executor = submitit.AutoExecutor(folder, cluster=args.cluster, slurm_max_num_timeout=args.requeue)
+    except RuntimeError as error:
+        raise UserError(f"--cluster {args.cluster}: {error} Without --cluster the job runs on this machine.") from error
     minutes = args.timeout_min if args.timeout is None else args.timeout * 60
     executor.update_parameters(
         name=args.job_name or experiment.name,
@@ -107,6 +120,4 @@ def main(argv: list[str] | None = None) -> Any:
 
 
 if __name__ == "__main__":
-    from training import cli
-
     cli.run(main)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 from pathlib import Path
 from typing import Any
 
-from models import experiments, recipe_io
+from models import cli, experiments, recipe_io
 from models.errors import UserError
 from models.recipes import Experiment
 
@@ -18,15 +17,10 @@ def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Train an experiment; started again, it resumes from its last checkpoint."
     )
-    parser.add_argument(
-        "--base_directory", type=Path, default=Path("./experiments"), help="where experiments are stored"
-    )
-    parser.add_argument("--dataset", help=f"one of {', '.join(experiments.datasets())}")
-    parser.add_argument("--base_network", help=f"one of {', '.join(experiments.base_networks())}")
-    parser.add_argument("--experiment_name", help="see --list")
+    cli.add_experiment(parser, required=False)
     parser.add_argument("--list", action="store_true", help="list the experiments and stop")
     parser.add_argument("--print_config", action="store_true", help="print the whole recipe as YAML and stop")
-    parser.add_argument("--data_path", type=Path, help="where the images are (instead of IMAGENET_PATH or DATA_ROOT)")
+    cli.add_data(parser)
     parser.add_argument(
         "--init_weights", type=Path, help="conventional weights to start from (instead of the recipe's)"
     )
@@ -38,30 +32,22 @@ def get_parser() -> argparse.ArgumentParser:
     )
 
     changes = parser.add_argument_group("changes of the recipe")
-    changes.add_argument("--max_epochs", type=_positive, help="train this many epochs")
-    changes.add_argument("--batch_size", type=_positive, help="images a step, on each device")
-    changes.add_argument("--num_workers", type=_not_negative, help="processes that load images")
-    changes.add_argument(
-        "--set",
-        dest="changes",
-        metavar="FIELD=VALUE",
-        nargs="+",
-        action="extend",
-        default=[],
-        help="any field of what --print_config shows, such as optimiser.lr=3e-4",
-    )
+    changes.add_argument("--max_epochs", type=cli.positive, help="train this many epochs")
+    cli.add_changes(changes)
 
     how = parser.add_argument_group("how to run")
     how.add_argument("--distributed", action="store_true", help="train on several devices, one process for each")
-    how.add_argument("--devices", type=_positive, help="how many devices on each machine (default: all GPUs)")
-    how.add_argument("--num_nodes", type=_positive, default=1, help="how many machines")
+    how.add_argument("--devices", type=cli.positive, help="how many devices on each machine (default: all GPUs)")
+    how.add_argument("--num_nodes", type=cli.positive, default=1, help="how many machines")
     how.add_argument("--amp", action="store_true", help="mixed precision")
     how.add_argument("--compile", action="store_true", help="compile the network with torch.compile")
     how.add_argument("--jit", action="store_true", help="not supported; use --compile")
     how.add_argument(
         "--cache_dataset", choices=["onthefly", "shm"], help="not supported; see the error for what to do instead"
     )
-    how.add_argument("--refresh_rate", type=_not_negative, help="progress bar: refresh every so many steps; 0: no bar")
+    how.add_argument(
+        "--refresh_rate", type=cli.not_negative, help="progress bar: refresh every so many steps; 0: no bar"
+    )
     how.add_argument(
         "--fast_dev_run", action="store_true", help="one batch of training and validation, nothing is written"
     )
@@ -80,7 +66,7 @@ def get_parser() -> argparse.ArgumentParser:
     logs.add_argument(
         "--explanation_logging", action="store_true", help="draw explanations to explanations/epoch=N.png"
     )
-    logs.add_argument("--explanation_logging_every_n_epochs", type=_positive, help="default: 1")
+    logs.add_argument("--explanation_logging_every_n_epochs", type=cli.positive, help="default: 1")
     return parser
 
 
@@ -143,10 +129,7 @@ def chosen_experiment(args: argparse.Namespace) -> Experiment:
     """
     _check(args)
     experiment = experiments.find(args.dataset, args.base_network, args.experiment_name)
-    named = {"trainer.max_epochs": args.max_epochs, "data.batch_size": args.batch_size}
-    named["data.num_workers"] = args.num_workers
-    changes = [f"{field}={value}" for field, value in named.items() if value is not None]
-    return recipe_io.override(experiment, changes + args.changes)
+    return recipe_io.override(experiment, cli.changes(args, max_epochs="trainer.max_epochs"))
 
 
 def _yaml(experiment: Experiment) -> str:
@@ -154,8 +137,7 @@ def _yaml(experiment: Experiment) -> str:
         import yaml
     except ImportError as error:
         raise UserError("--print_config needs PyYAML: pip install pyyaml.") from error
-    plain = json.loads(json.dumps(experiment.to_dict()))  # tuples are no YAML
-    text: str = yaml.safe_dump(plain, sort_keys=False)
+    text: str = yaml.safe_dump(experiment.to_dict(), sort_keys=False)
     return text
 
 
@@ -196,21 +178,5 @@ def _logger_makers(args: argparse.Namespace, experiment: Experiment) -> list[Any
     return makers
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
-
-
-def _not_negative(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"must be at least 0, got {value}")
-    return value
-
-
 if __name__ == "__main__":
-    from training import cli
-
     cli.run(main)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from models.errors import UserError
 
 _TEMPORARY = ".tmp"
 
@@ -19,6 +22,20 @@ def replace_atomically(path: Path, write: Callable[[Path], None]) -> None:
     _sync(temporary)
     os.replace(temporary, path)
     _sync(path.parent)
+
+
+@contextmanager
+def writing(option: str, path: Path) -> Iterator[None]:
+    """Around the writing of what an option names.
+
+    Raises:
+        models.errors.UserError: the system refuses it: no permission, no space, a file where a folder should be.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch.save reports what the system says as RuntimeError
+        reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+        raise UserError(f"{option}: {path} cannot be written ({reason}); choose another place.") from error
 
 
 def link_atomically(source: Path, path: Path) -> None:

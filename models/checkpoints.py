@@ -81,6 +81,25 @@ def experiment_directory(experiment: Experiment, typed_name: str, base_directory
     return typed if typed.is_dir() and not directory.is_dir() else directory
 
 
+def chosen_checkpoint(
+    experiment: Experiment,
+    typed_name: str,
+    base_directory: str | Path,
+    *,
+    reload: str = "last",
+    weights: str | Path | None = None,
+    ema: bool = False,
+) -> tuple[Path, bool]:
+    """The file that `--weights`, or else `--reload`, names, and whether its moving average is meant.
+
+    Raises:
+        models.errors.CheckpointError: as `find_checkpoint`.
+    """
+    if weights is not None:
+        return Path(weights), ema
+    return find_checkpoint(experiment_directory(experiment, typed_name, base_directory), reload, ema=ema)
+
+
 def find_checkpoint(directory: Path, reload: str, *, ema: bool = False) -> tuple[Path, bool]:
     """The file that `--reload` names, and whether its moving average is meant.
 

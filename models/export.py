@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 import bcos_kernels as bk
-from models import experiments
-from models.atomic import replace_atomically
+from models import cli, experiments
+from models.atomic import replace_atomically, writing
 from models.checkpoint_files import read_checkpoint
-from models.checkpoints import EMA_PREFIX, PREFIX, experiment_directory, find_checkpoint, has_average
+from models.checkpoints import EMA_PREFIX, PREFIX, chosen_checkpoint, has_average
 from models.errors import UserError
 from models.factory import load_checkpoint
 from models.recipes import Experiment
@@ -71,16 +71,8 @@ def get_parser() -> argparse.ArgumentParser:
         description="Write a trained network's weights: .safetensors, .pth (a state dict), or .ckpt (a Lightning "
         "checkpoint with the moving average beside the weights, for the public B-cosification code).",
     )
-    parser.add_argument(
-        "--base_directory", type=Path, default=Path("./experiments"), help="where experiments are stored"
-    )
-    parser.add_argument("--dataset", required=True, help=f"one of {', '.join(experiments.datasets())}")
-    parser.add_argument("--base_network", required=True, help=f"one of {', '.join(experiments.base_networks())}")
-    parser.add_argument("--experiment_name", required=True, help="see train.py --list")
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument("--reload", default="last", help="'last', 'best', 'best_any' or 'epoch_N'; default: 'last'")
-    source.add_argument("--weights", type=Path, metavar="PATH", help="a checkpoint or state dict of this network")
-    parser.add_argument("--ema", action="store_true", help="the moving average of the weights instead of the weights")
+    cli.add_experiment(parser)
+    cli.add_checkpoint(parser)
     parser.add_argument("--output", type=Path, required=True, metavar="PATH", help="its ending decides the format")
     return parser
 
@@ -104,10 +96,12 @@ def main(argv: list[str] | None = None) -> Path:
     if output.suffix == ".ckpt" and args.ema:
         raise UserError("--ema: a .ckpt holds the weights and their moving average anyway.")
     experiment = experiments.find(args.dataset, args.base_network, args.experiment_name)
-    path, ema = args.weights, args.ema
-    if path is None:
-        directory = experiment_directory(experiment, args.experiment_name, args.base_directory)
-        path, ema = find_checkpoint(directory, args.reload, ema=ema)
+    path, ema = chosen_checkpoint(
+        *(experiment, args.experiment_name, args.base_directory),
+        reload=args.reload,
+        weights=args.weights,
+        ema=args.ema,
+    )
 
     def network(averaged: bool) -> nn.Module:
         return load_checkpoint(*(args.dataset, args.base_network, args.experiment_name), weights=path, ema=averaged)
@@ -116,16 +110,16 @@ def main(argv: list[str] | None = None) -> Path:
         content = read_checkpoint(path)
         average = network(True) if has_average(content) else None
         epoch = content.get("epoch")
-        save_lightning(network(False), output, epoch if isinstance(epoch, int) else 0, average)
-    elif output.suffix == ".pth":
-        save_state_dict(network(ema), output)
+        model = network(False)
+        with writing("--output", output):
+            save_lightning(model, output, epoch if isinstance(epoch, int) else 0, average)
     else:
-        save_safetensors(network(ema), output, experiment)
+        model = network(ema)
+        with writing("--output", output):
+            save_state_dict(model, output) if output.suffix == ".pth" else save_safetensors(model, output, experiment)
     print(f"{path} -> {output}{' (moving average)' if ema and output.suffix != '.ckpt' else ''}")
     return output
 
 
 if __name__ == "__main__":
-    from training import cli
-
     cli.run(main)

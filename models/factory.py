@@ -10,11 +10,11 @@ from torch import nn
 
 import bcos_kernels as bk
 from models import experiments
-from models.checkpoints import CONFIG, experiment_directory, find_checkpoint, load_weights, read_state_dict
+from models.checkpoints import CONFIG, chosen_checkpoint, find_checkpoint, load_weights, read_state_dict
 from models.errors import CheckpointError, UserError
 from models.experiments import CONVENTIONAL, CONVERTED
 from models.recipe_io import recorded_experiment
-from models.recipes import Experiment, ModelRecipe
+from models.recipes import DataRecipe, Experiment, ModelRecipe
 from models.standard import build, classifier_name, load_pretrained, resize_classifier
 
 
@@ -90,13 +90,12 @@ def load_checkpoint(
         models.errors.UserError: the number of classes is not known.
     """
     experiment = experiments.find(dataset, base_network, experiment_name)
-    directory = experiment_directory(experiment, experiment_name, base_directory)
-    path, ema = find_checkpoint(directory, reload, ema=ema) if weights is None else (Path(weights), ema)
+    path, ema = chosen_checkpoint(experiment, experiment_name, base_directory, reload=reload, weights=weights, ema=ema)
     recipe = as_trained(experiment, path).model
     classes = recipe.num_classes if num_classes is None else num_classes
     if classes is None:
         raise UserError(
-            f"num_classes: neither dataset '{dataset}' nor {directory / CONFIG} says how many classes there are."
+            f"num_classes: neither dataset '{dataset}' nor {path.parent / CONFIG} says how many classes there are."
         )
     model = untrained(recipe, classes)
     load_weights(model, path, ema=ema)
@@ -154,9 +153,8 @@ def conventional_network(
     if recipe.start == "file":
         raise UserError(
             f"'{experiment.name}' starts from a conventional {recipe.architecture}, whose weights are not part of any "
-            "package: B-cos v2 publishes them, and nothing is downloaded here. Give the file to train.py or "
-            "evaluate.py with --init_weights PATH. The same experiment with random weights has '_random' behind the "
-            "architecture."
+            "package, and nothing is downloaded here; B-cos v2 publishes those of the simple ViTs. Give the file to "
+            "train.py or evaluate.py with --init_weights PATH, or begin with random weights: --set model.start=random."
         )
     model = build(recipe.architecture, num_classes)
     if recipe.start == "standard":
@@ -180,6 +178,8 @@ def finish(model: nn.Module, recipe: ModelRecipe) -> nn.Module:
     if not recipe.converted:
         return model
     if recipe.no_gelu:
+        if not any(isinstance(module, nn.GELU) for module in model.modules()):
+            raise UserError(f"model.no_gelu: {recipe.architecture} has no GELU to take out; leave it at false.")
         model = copy.deepcopy(model)
         _remove_gelu(model)
     b = torch.tensor(recipe.b) if recipe.variable_b else recipe.b
@@ -188,6 +188,31 @@ def finish(model: nn.Module, recipe: ModelRecipe) -> nn.Module:
         for exponent in exponents(converted):
             exponent.requires_grad_(False)
     return converted
+
+
+def check_images(
+    model: nn.Module, recipe: ModelRecipe, data: DataRecipe, num_classes: int, channels: int | None = None
+) -> None:
+    """Shows the network one black image, and looks at the shape of what it gives.
+
+    Args:
+        channels: default: those of the data's recipe.
+
+    Raises:
+        models.errors.UserError: it does not take images of this size, or does not give `num_classes` logits.
+    """
+    channels = channels or (6 if data.six_channels else 3)
+    what = f"model.architecture '{recipe.architecture}' with data.image_size {data.image_size}"
+    training = model.training
+    try:
+        with torch.no_grad():
+            out = model.eval()(torch.zeros(1, channels, data.image_size, data.image_size))
+    except (RuntimeError, ValueError, AssertionError) as error:  # torchvision asserts the size of a ViT's
+        raise UserError(f"{what}: the network does not take such images ({str(error).splitlines()[0]}).") from error
+    finally:
+        model.train(training)
+    if out.dim() != 2 or out.shape[1] != (num_classes or max(out.shape[1], 1)):
+        raise UserError(f"{what}: the network gives {list(out.shape)} of an image, not {[1, num_classes or 'E']}.")
 
 
 def exponents(model: nn.Module) -> list[nn.Parameter]:

@@ -5,7 +5,6 @@ A folder holds `config.json`, the recipe as train.py records it, and `model.safe
 
 from __future__ import annotations
 
-import json
 import re
 import tempfile
 from pathlib import Path
@@ -14,12 +13,11 @@ from types import ModuleType
 from torch import Tensor, nn
 
 from models import experiments
-from models.atomic import replace_atomically
-from models.checkpoints import CONFIG, experiment_directory, find_checkpoint, load_weights
+from models.checkpoints import CONFIG, chosen_checkpoint, load_weights
 from models.errors import CheckpointError, UserError
 from models.export import save_safetensors
 from models.factory import as_trained, untrained
-from models.recipe_io import recorded_experiment
+from models.recipe_io import record, recorded_experiment
 from models.recipes import Experiment
 
 WEIGHTS = "model.safetensors"
@@ -72,8 +70,7 @@ class HubNetwork(nn.Module):
             models.errors.UserError: as `load_checkpoint`.
         """
         experiment = experiments.find(dataset, base_network, experiment_name)
-        directory = experiment_directory(experiment, experiment_name, base_directory)
-        path, ema = find_checkpoint(directory, reload, ema=ema)
+        path, ema = chosen_checkpoint(experiment, experiment_name, base_directory, reload=reload, ema=ema)
         network = cls(as_trained(experiment, path))
         load_weights(network.model, path, ema=ema)
         return network.eval()
@@ -106,8 +103,7 @@ class HubNetwork(nn.Module):
             models.errors.UserError: safetensors is not installed.
         """
         folder = Path(folder)
-        text = json.dumps(self.experiment.to_dict(), indent=2) + "\n"
-        replace_atomically(folder / CONFIG, lambda temporary: _write(temporary, text))
+        record(self.experiment, folder)
         save_safetensors(self.model, folder / WEIGHTS, self.experiment)
         return folder
 
@@ -149,7 +145,3 @@ def _package() -> ModuleType:
             "Repositories of the hub need huggingface_hub: pip install 'bcos_kernels[hub]'. Folders do not."
         ) from error
     return huggingface_hub
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text)

@@ -11,28 +11,25 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, Union
 
+from models.atomic import replace_atomically
 from models.checkpoints import CONFIG
 from models.errors import CheckpointError, UserError, suggestion
 from models.recipes import Experiment
 
-#: What finds an experiment, and so cannot be changed about it.
-_FIXED = ("dataset", "base_network", "name", "data.dataset")
+#: What finds an experiment, or follows from that, and so cannot be changed about it; and the option that does.
+_FIXED = {
+    "dataset": "dataset",
+    "base_network": "base_network",
+    "name": "experiment_name",
+    "data.dataset": "dataset",
+    "model.converted": "base_network",
+    "data.six_channels": "base_network",
+}
 
 
 def fields() -> dict[str, object]:
     """Type of every field of an experiment that can be changed, by its path, such as `optimiser.lr`."""
     return {path: hint for path, hint in _fields(Experiment).items() if path not in _FIXED}
-
-
-def defaults() -> dict[str, object]:
-    """Default of every field that has one, by its path."""
-    found: dict[str, object] = {}
-    for name, hint in typing.get_type_hints(Experiment).items():
-        if dataclasses.is_dataclass(hint):
-            for field in dataclasses.fields(hint):
-                if field.default is not dataclasses.MISSING:
-                    found[f"{name}.{field.name}"] = field.default
-    return found
 
 
 def override(experiment: Experiment, assignments: Iterable[str]) -> Experiment:
@@ -52,8 +49,7 @@ def override(experiment: Experiment, assignments: Iterable[str]) -> Experiment:
         if not separator:
             raise UserError(f"--set {assignment}: must be FIELD=VALUE, such as optimiser.lr=3e-4.")
         if path in _FIXED:
-            option = {"name": "experiment_name", "data.dataset": "dataset"}.get(path, path)
-            raise UserError(f"--set {path}: it is what finds the experiment; use --{option}.")
+            raise UserError(f"--set {path}: it belongs to what finds the experiment; use --{_FIXED[path]}.")
         if path not in known:
             raise UserError(
                 f"--set {path}: a recipe has no such field.{suggestion(path, known)} Known: {', '.join(known)}."
@@ -63,6 +59,16 @@ def override(experiment: Experiment, assignments: Iterable[str]) -> Experiment:
         return _changed(experiment, changes)
     except ValueError as error:
         raise UserError(f"--set {' '.join(changes)}: {error}.") from error
+
+
+def record(experiment: Experiment, directory: Path) -> None:
+    """Writes `config.json` into this folder, which is made where it does not exist."""
+    text = json.dumps(experiment.to_dict(), indent=2) + "\n"
+
+    def write(temporary: Path) -> None:
+        temporary.write_text(text)
+
+    replace_atomically(directory / CONFIG, write)
 
 
 def recorded_experiment(directory: Path) -> Experiment | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,6 +14,9 @@ Kept = Literal["biases", "head_order"]
 
 DEFAULT_SEED = 42
 WARMUP_START = 0.01
+
+# The largest seed that numpy's generator takes, and the strongest of torchvision's magnitudes.
+_MAX_SEED, _MAX_MAGNITUDE = 2**32 - 1, 30
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,7 @@ class DataRecipe:
 
     def __post_init__(self) -> None:
         _at_least(self, image_size=1, batch_size=1, num_workers=0, rand_augment=0)
+        _at_most(self, rand_augment=_MAX_MAGNITUDE)
         _positive(self, "mixup")
 
 
@@ -153,12 +158,17 @@ class Experiment:
     trainer: TrainerRecipe
 
     def __post_init__(self) -> None:
+        _at_least(self, seed=0)
+        _at_most(self, seed=_MAX_SEED)
         if self.model.converted != self.data.six_channels:
             raise ValueError("model.converted and data.six_channels must agree: B-cos networks see six channels")
-        distilling = [loss == "siglip" for loss in (self.trainer.train_loss, self.trainer.eval_loss)]
-        if any(distilling) != all(distilling):
-            raise ValueError('trainer.train_loss and trainer.eval_loss must both be "siglip", or neither')
-        if any(distilling) and self.data.mixup is not None:
+        embeds = self.model.num_classes == 0
+        for option, loss in (("train_loss", self.trainer.train_loss), ("eval_loss", self.trainer.eval_loss)):
+            if embeds and loss != "siglip":
+                raise ValueError(f'the network gives embeddings, so trainer.{option} must be "siglip", got "{loss}"')
+            if loss == "siglip" and not embeds:
+                raise ValueError(f'trainer.{option}="siglip" compares embeddings, and the network gives classes')
+        if embeds and self.data.mixup is not None:
             raise ValueError("data.mixup mixes classes, of which siglip knows none")
         for option, given in (
             ("model.keep", self.model.keep),
@@ -167,7 +177,8 @@ class Experiment:
             ("model.b", self.model.b != ModelRecipe.b),
             ("model.learn_b", self.model.learn_b),
             ("model.anneal_b", self.model.anneal_b),
-            ('trainer.train_loss="siglip"', any(distilling)),
+            ('model.start="standard"', self.model.start == "standard"),
+            ('trainer.train_loss="siglip"', embeds),
         ):
             if given and not self.model.converted:
                 raise ValueError(f"{option} needs a B-cosified network")
@@ -182,8 +193,9 @@ class Experiment:
         return Path(base_directory) / self.dataset / self.base_network / self.name
 
     def to_dict(self) -> dict[str, object]:
-        """The recipe as nested dictionaries of plain values, for `config.json`."""
-        return dataclasses.asdict(self)
+        """The recipe as nested dictionaries of what JSON and YAML know: lists, no tuples."""
+        plain: dict[str, object] = json.loads(json.dumps(dataclasses.asdict(self)))
+        return plain
 
 
 def _at_least(recipe: object, **bounds: float) -> None:
@@ -191,6 +203,13 @@ def _at_least(recipe: object, **bounds: float) -> None:
         value = getattr(recipe, name)
         if value is not None and not value >= least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def _at_most(recipe: object, **bounds: float) -> None:
+    for name, most in bounds.items():
+        value = getattr(recipe, name)
+        if value is not None and not value <= most:
+            raise ValueError(f"{name} must be at most {most}, got {value}")
 
 
 def _positive(recipe: object, *names: str) -> None:

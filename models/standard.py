@@ -14,21 +14,24 @@ from torchvision.models.resnet import BasicBlock, ResNet
 from models import open_clip_files
 from models.checkpoints import load_weights
 from models.clip import ClipResNet, clip_resnet50
-from models.errors import CheckpointError, UnknownNameError
+from models.errors import CheckpointError, UnknownNameError, suggestion
 from models.recipes import ModelRecipe
-from models.vit import SIZES, SimpleViT, simple_vit
+from models.vit import SIZES, simple_vit
 
+_SMALL = re.compile(r"(?P<clip>clip_)?resnet10(?:_w(?P<width>[1-9]\d{0,2}))?")
 _SMALL_WIDTH = 32
-_SMALL_CLIP = re.compile(r"clip_resnet10_w(?P<width>[1-9]\d{0,2})")
+# Of torchvision's: what `bcos_kernels.bcosify` converts, and what gives logits and nothing else in training.
+_FAMILIES = ("convnext", "densenet", "efficientnet", "regnet", "resnet", "resnext", "vgg", "vit_", "wide_resnet")
 
 
 def build(architecture: str, num_classes: int) -> nn.Module:
     """A conventional network with random weights.
 
     Args:
-        architecture: a torchvision name; one of `models.vit.SIZES`; "resnet10", "resnet10_w{width}": one basic block in
-            each of the four stages, for small images (see `_small_resnet`); "clip_resnet50", CLIP's image encoder, or
-            "clip_resnet10_w{width}": the same with one bottleneck in each stage, for 64 x 64 images.
+        architecture: torchvision's name of a ConvNeXt, DenseNet, EfficientNet, RegNet, ResNet, VGG or ViT; one of
+            `models.vit.SIZES`; "resnet10", "resnet10_w{width}": one basic block in each of the four stages, for small
+            images (see `_small_resnet`); "clip_resnet50", CLIP's image encoder; or "clip_resnet10", "clip_resnet10_w{width}":
+            the same with one bottleneck in each stage, for 64 x 64 images; the width is even.
         num_classes: of no meaning to CLIP's encoders, which give embeddings.
 
     Raises:
@@ -38,15 +41,20 @@ def build(architecture: str, num_classes: int) -> nn.Module:
         return simple_vit(architecture, num_classes)
     if architecture == "clip_resnet50":
         return clip_resnet50()
-    if (small := _SMALL_CLIP.fullmatch(architecture)) is not None:
-        width = int(small["width"])
+    if (small := _SMALL.fullmatch(architecture)) is not None:
+        width = int(small["width"] or _SMALL_WIDTH)
+        if small["clip"] is None:
+            return _small_resnet(width, num_classes)
+        if width % 2:
+            raise UnknownNameError(f"Unknown architecture '{architecture}': its width must be even.")
         return ClipResNet((1, 1, 1, 1), output_dim=16 * width, heads=width // 2, resolution=64, width=width)
-    if architecture.startswith("resnet10_w"):
-        return _small_resnet(int(architecture.removeprefix("resnet10_w")), num_classes)
-    if architecture == "resnet10":
-        return _small_resnet(_SMALL_WIDTH, num_classes)
-    if architecture not in torchvision.models.list_models(module=torchvision.models):
-        raise UnknownNameError(f"Unknown architecture '{architecture}'.")
+    known = [name for name in torchvision.models.list_models(torchvision.models) if name.startswith(_FAMILIES)]
+    if architecture not in known:
+        raise UnknownNameError(
+            f"Unknown architecture '{architecture}'.{suggestion(architecture, [*known, *SIZES, 'clip_resnet50'])} Known: "
+            f"torchvision's names that begin with {', '.join(_FAMILIES)}; {', '.join(SIZES)}; clip_resnet50; resnet10 and "
+            "clip_resnet10, also with _w and a width."
+        )
     return torchvision.models.get_model(architecture, weights=None, num_classes=num_classes)
 
 
@@ -87,13 +95,10 @@ def load_pretrained(recipe: ModelRecipe, num_classes: int) -> nn.Module:
 
 
 def classifier_name(model: nn.Module) -> str | None:
-    """Path of the last linear layer: "fc" in a ResNet, "classifier" in a DenseNet, "linear_head.linear" in a ViT; CLIP's
-    encoders have none."""
+    """Path of the last linear layer, such as "fc" in a ResNet; CLIP's encoders have no classifier."""
     if isinstance(model, ClipResNet):
         return None
-    if isinstance(model, SimpleViT):
-        return "linear_head.linear"
-    return "fc" if isinstance(model, ResNet) else "classifier"
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)][-1]
 
 
 def resize_classifier(model: nn.Module, num_classes: int) -> None:

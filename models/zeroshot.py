@@ -1,6 +1,6 @@
 """Zero-shot classification: the names of classes become directions in CLIP's space by way of its text encoder.
 
-The text encoders, OpenAI's 80 templates and ImageNet's class names come from open_clip.
+The text encoders and OpenAI's 80 templates come from open_clip.
 """
 
 from __future__ import annotations
@@ -74,21 +74,6 @@ def openai_templates() -> list[Callable[[str], str]]:
     return list(OPENAI_IMAGENET_TEMPLATES)
 
 
-def class_names(dataset: str, classes: Sequence[str]) -> list[str]:
-    """What the classes are called in sentences.
-
-    Args:
-        classes: as the dataset has them: names of folders, or of CIFAR10's and Digits' classes. ImageNet's folders are
-            numbers; their names are OpenAI's.
-    """
-    if dataset == "ImageNet":
-        open_clip_files.package()
-        from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
-
-        return list(IMAGENET_CLASSNAMES)
-    return [name.replace("_", " ") for name in classes]
-
-
 def directions(
     encode: Callable[[Sequence[str]], Tensor], names: Iterable[str], templates: Sequence[Callable[[str], str]]
 ) -> Tensor:
@@ -125,7 +110,7 @@ def read_directions(path: Path, encoder: nn.Module) -> Tensor:
     except FileNotFoundError as error:
         raise CheckpointError(f"There is no file {path}.") from error
     except Exception as error:  # torch reports damage as RuntimeError, EOFError, UnpicklingError, ...
-        raise CheckpointError(f"{path} cannot be read as a tensor: {str(error).splitlines()[0]}") from error
+        raise CheckpointError(f"{path} is damaged, or no file that torch.save wrote of a tensor.") from error
     size = _pool(encoder).c_proj.weight.shape[0]
     if not isinstance(found, Tensor) or found.dim() != 2 or size not in found.shape or not found.isfinite().all():
         what = list(found.shape) if isinstance(found, Tensor) else type(found).__name__

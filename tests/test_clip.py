@@ -17,10 +17,12 @@ from torchvision.transforms.functional import to_pil_image
 
 import bcos_kernels as bk
 import evaluate
+import explain
 import train
 from models import create_model, experiments, load_checkpoint, open_clip_files, zeroshot
 from models.checkpoint_files import read_checkpoint
 from models.checkpoints import epoch_checkpoints
+from models.class_names import in_sentences
 from models.clip import clip_resnet50
 from models.errors import CheckpointError, UnknownNameError, UserError
 from models.factory import starting_network
@@ -237,8 +239,8 @@ def test_directions_are_the_normalised_mean_over_the_templates() -> None:
     found = zeroshot.directions(_encode, ["dog", "cat"], templates)
     mean = _encode([template("cat") for template in templates]).mean(0)
     torch.testing.assert_close(found[1], mean / mean.norm())
-    assert zeroshot.class_names("ImageFolder", CLASSES) == ["no ink", "one", "two"]
-    names = zeroshot.class_names("ImageNet", ["n01440764"])
+    assert in_sentences("ImageFolder", CLASSES) == ["no ink", "one", "two"]
+    names = in_sentences("ImageNet", ["n01440764"])
     assert (len(names), names[0]) == (1000, "tench")
 
 
@@ -346,6 +348,65 @@ def test_zeroshot_with_a_text_model(root: Path, trained: Path, text_model: tuple
         zeroshot.TextEncoder(name, path.with_name("shapes.pt"))
 
 
+# Explanations
+
+
+def _explain(root: Path, base_directory: Path, *more: str) -> list[dict[str, object]]:
+    image, out = root / "val" / "one" / "0.png", base_directory / "out"
+    arguments = options(root, base_directory, "--output", str(out), "--no-cuda", *more)
+    if "--text" in more:  # which needs no folder
+        arguments = [word for word in arguments if word not in ("--data_path", str(root))]
+    return explain.main([str(image), *arguments])
+
+
+def test_similarity_of_image_and_text_is_explained(
+    root: Path, trained: Path, text_model: tuple[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, path = text_model
+    texts = ["a photo of a dog", "a one"]
+    side = ["--text_model", name, "--text_weights", str(path)]
+    rows = _explain(root, trained, *side, "--text", *texts, "--target", "a one")
+    encoder = load_checkpoint("ImageFolder", NETWORK, NAME.format("ImageFolder"), base_directory=trained)
+    model = zeroshot.classifier(encoder, zeroshot.TextEncoder(name, path)(texts))
+    expected = bk.explain(model, _images(root, "val")[4:5], 1)
+    found = {row["name"]: row for row in rows}
+    for text, logit, share in zip(
+        texts, expected.logits[0].tolist(), expected.logits[0].softmax(0).tolist(), strict=True
+    ):
+        assert found[text]["logit"] == pytest.approx(logit, rel=1e-2)
+        assert found[text]["confidence"] == pytest.approx(share, rel=1e-2)
+    assert "class 1, a one" in capsys.readouterr().out
+    picture = np.asarray(Image.open(trained / "out" / "0.explanation.png")) / 255
+    assert np.abs(picture - expected.rgba()[0].numpy()).mean() < 0.02
+
+
+def test_classes_of_the_dataset_are_explained_in_sentences(
+    root: Path, trained: Path, text_model: tuple[str, Path], tmp_path: Path
+) -> None:
+    name, path = text_model
+    rows = _explain(root, trained, "--text_model", name, "--text_weights", str(path), "--target", "no_ink")
+    encode = zeroshot.TextEncoder(name, path)
+    texts = zeroshot.directions(encode, ["no ink", "one", "two"], zeroshot.openai_templates())
+    torch.save(texts, tmp_path / "texts.pt")
+    stored = _explain(root, trained, "--zeroshot_weights", str(tmp_path / "texts.pt"), "--target", "no_ink")
+    assert {row["name"] for row in rows} == set(CLASSES)
+    assert [row["logit"] for row in rows] == pytest.approx([row["logit"] for row in stored], rel=1e-4)
+    unpooled = ["--attn_unpool", "--cosine_power", "3"]
+    other = _explain(root, trained, "--zeroshot_weights", str(tmp_path / "texts.pt"), *unpooled)
+    assert [row["logit"] for row in rows] != pytest.approx([row["logit"] for row in other], rel=1e-2)
+    for more, sentence in (
+        (["--text", "a", "b", "--zeroshot_weights", str(tmp_path / "texts.pt")], "has 3 texts, not 2"),
+        (["--text", "a", "--text_model", "RN5"], "open_clip has no model 'RN5'"),
+        (["--text", "a", "--target", "b"], "no class has this name"),
+        (["--cosine_power", "2"], "--cosine_power needs --attn_unpool"),
+        (["--dataset", "CC3M", "--experiment_name", NAME.format("CC3M")], "give texts with --text"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            _explain(root, trained, *more)
+    with pytest.raises(UserError, match="leave it out"):
+        explain.main([str(root / "x.png"), *options(root, trained, "--text", "a")])
+
+
 # Linear probe
 
 
@@ -382,9 +443,16 @@ def test_probe_fits_what_is_linear() -> None:
     ("more", "sentence"),
     [
         ([], "gives embeddings: choose --task zeroshot or linear_probe"),
-        (["--task", "zeroshot", "--cosine_power", "2"], "--cosine_power needs --task zeroshot and --attn_unpool"),
+        (["--task", "zeroshot", "--cosine_power", "2"], "--cosine_power needs --attn_unpool"),
+        (["--task", "linear_probe", "--attn_unpool", "--cosine_power", "2"], "--cosine_power needs --task zeroshot"),
         (["--task", "zeroshot", "--attn_unpool", "--cosine_power", "0.5"], "at least 1, got 0.5"),
-        (["--task", "linear_probe", "--probe_c", "0"], "--probe_c must be above 0"),
+        (["--task", "zeroshot", "--attn_unpool", "--cosine_power", "inf"], "a finite number of at least 1, got inf"),
+        (["--task", "linear_probe", "--probe_c", "0"], "--probe_c must be a finite number above 0"),
+        (["--task", "linear_probe", "--probe_c", "inf"], "--probe_c must be a finite number above 0"),
+        (["--task", "zeroshot", "--probe_c", "1"], "--probe_c needs --task linear_probe"),
+        (["--task", "linear_probe", "--text_model", "RN50"], "--text_model needs --task zeroshot"),
+        (["--task", "zeroshot", "--text_model", "x", "--zeroshot_weights", "y"], "--text_model has no use"),
+        (["--task", "zeroshot", "--set", "trainer.eval_loss=bce"], 'trainer.eval_loss must be "siglip", got "bce"'),
         (["--task", "linear_probe", "--text_weights", "x"], "--text_weights needs --task zeroshot"),
         (["--task", "zeroshot", "--text_weights", "x", "--zeroshot_weights", "y"], "--text_weights has no use"),
         (["--task", "zeroshot", "--reload", "last", "--zeroshot_weights", "none.pt"], "There is no file none.pt"),

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from models import experiments
+from models import cli, experiments
 from models.experiments import DataRecipe
 from training.data import Augmented, DataError, DataModule, Digits, EpochSampler, eval_transform, train_transform
 
@@ -275,7 +275,9 @@ def test_imagenet_with_another_number_of_classes(folder: Path) -> None:
 
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("damage", ["cut", "text", "empty"])
-def test_broken_image_file_is_named(folder: Path, workers: int, damage: str) -> None:
+def test_broken_image_file_is_named(
+    folder: Path, workers: int, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = folder / "val" / "dog" / "1.png"
     content = path.read_bytes()
     path.write_bytes({"cut": content[: len(content) // 2], "text": b"not an image", "empty": b""}[damage])
@@ -283,3 +285,7 @@ def test_broken_image_file_is_named(folder: Path, workers: int, damage: str) -> 
     data.setup("test")
     with pytest.raises(DataError, match=r"dog/1\.png cannot be read"):
         list(data.val_dataloader())
+    with pytest.raises(SystemExit):
+        cli.run(lambda: list(data.val_dataloader()))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"error: The image file {path} cannot be read" in line

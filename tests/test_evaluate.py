@@ -96,7 +96,7 @@ def test_loss_weights_batches_by_their_size() -> None:
     assert result["loss"] == pytest.approx(F.cross_entropy(logits, targets).item(), rel=1e-5)
 
 
-def test_errors(base: Path, tmp_path: Path) -> None:
+def test_errors(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(CheckpointError, match=r"no checkpoint .*last\.ckpt"):
         evaluate.main(options(tmp_path, "standard", "--reload", "last"))
     with pytest.raises(CheckpointError, match=r"no checkpoint of epoch 9 .* kept are"):
@@ -108,8 +108,17 @@ def test_errors(base: Path, tmp_path: Path) -> None:
         evaluate.main(options(base, "standard", "--reload", "last", "--ema"))
     with pytest.raises(UserError, match="--ema needs --reload or --weights"):
         evaluate.main(options(base, "standard", "--ema"))
-    with pytest.raises(UserError, match="--batch_size must be at least 1, got 0"):
+    with pytest.raises(SystemExit):
         evaluate.main(options(base, "standard", "--batch_size", "0"))
+    assert "argument --batch_size: must be at least 1, got 0" in capsys.readouterr().err
+    for more, sentence in (
+        (["--set", "trainer.eval_loss=siglip"], "compares embeddings, and the network gives classes"),
+        (["--set", "model.num_classes=5"], "model.num_classes is 5, but Digits has 10 classes"),
+        (["--data_path", str(base)], "--data_path: Digits come with scikit-learn"),
+        (["--text_model", "RN50"], "--text_model needs --task zeroshot"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            evaluate.main(options(base, "standard", "--reload", "last", *more))
     with pytest.raises(UnknownNameError, match="Did you mean 'standard'"):
         evaluate.main(options(base, "standart"))
     with pytest.raises(SystemExit):

@@ -17,6 +17,7 @@ from torchvision.transforms.functional import to_pil_image
 import bcos_kernels as bk
 import explain
 from models import create_model
+from models.class_names import class_names
 from models.errors import CheckpointError, UserError
 from models.experiments import find
 from tests.checkpoint_case import published, save
@@ -126,9 +127,9 @@ def test_photographs_are_cut_as_for_evaluation(tmp_path: Path) -> None:
 
 
 def test_imagenet_classes_have_their_names() -> None:
-    names = explain.class_names(find("ImageNet", "bcosification", "resnet_18"), None)
+    names = class_names(find("ImageNet", "bcosification", "resnet_18"), None)
     assert (len(names), names[0], names[999]) == (1000, "tench", "toilet tissue")
-    assert explain.class_names(find("CIFAR10", "bcosification", "resnet_18"), None)[9] == "truck"
+    assert class_names(find("CIFAR10", "bcosification", "resnet_18"), None)[9] == "truck"
 
 
 def test_errors(base: Path) -> None:
@@ -141,13 +142,11 @@ def test_errors(base: Path) -> None:
         ([path, "--target", "ten"], "no class has this name"),
         ([path, "--reload", "best"], "to take the best of"),
         ([path, "--base_network", "standard"], "conventional: its networks have no explanation"),
-        (
-            [
-                *(path, "--dataset", "ImageNet", "--base_network", "clip_bcosification", "--experiment_name"),
-                "resnet_50_clip_b2_noBias_randomResizedCrop_sigLip_ImageNet_bcosification",
-            ],
-            "gives embeddings, not classes",
-        ),
+        ([path, "--text", "a dog"], "--text needs --base_network clip_bcosification"),
+        ([path, "--attn_unpool"], "--attn_unpool needs --base_network clip_bcosification"),
+        ([path, "--text_model", "RN50"], "--text_model needs --base_network clip_bcosification"),
+        ([path, "--data_path", base], "the classes of Digits are known without it"),
+        ([path, "--output", path], r"--output: .*zero\.png cannot be written \(.*\); choose another place"),
     ):
         with pytest.raises(UserError, match=sentence):
             _run(base, *more)

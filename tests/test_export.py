@@ -25,6 +25,10 @@ NAMES = {
     "resnet_18": ("bcosification", "resnet_18"),
     "densenet_121": ("bcosification", "densenet_121"),
     "simple_vit_ti": ("vit_bcosification", "bcosifyv2_bcos_simple_vit_ti_patch16_224_0.001_gapReorder"),
+    "clip_rn50": (
+        "clip_bcosification",
+        "resnet_50_clip_b2_noBias_randomResizedCrop_sigLip_ImageNet_bcosification",
+    ),
     "vitc_ti": ("vit_bcosification", "bcosifyv2_bcos_vitc_ti_patch1_14_0.001_gapReorder"),
 }
 
@@ -122,3 +126,7 @@ def test_errors(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="does not fit"):
         export.main([*options(tmp_path, "standard"), "--output", str(tmp_path / "x.pth"), "--weights", str(path)])
     assert not (tmp_path / "x.pth").exists()
+    (tmp_path / "file").touch()
+    for name in ("x.pth", "x.ckpt", "x.safetensors"):
+        with pytest.raises(UserError, match=rf"--output: .*{name} cannot be written \(.*\); choose another place"):
+            export.main([*arguments, "--output", str(tmp_path / "file" / name)])

@@ -17,7 +17,7 @@ import train
 from models import experiments, load_checkpoint
 from models.errors import CheckpointError, UserError
 from models.factory import conventional_network
-from models.recipe_io import defaults, fields, override, recorded_experiment
+from models.recipe_io import fields, override, recorded_experiment
 from models.recipes import Experiment
 from tests.tiny_run import TINY, options, train_tiny
 
@@ -64,9 +64,9 @@ def test_every_other_field_stays_and_several_go_together() -> None:
     changed = override(RESNET, ["model.learn_b=true", "model.b=1.25", "optimiser.lr=1", "optimiser.lr=2"])
     model = dataclasses.replace(RESNET.model, learn_b=True, b=1.25)
     assert changed == dataclasses.replace(RESNET, model=model, optimiser=dataclasses.replace(RESNET.optimiser, lr=2.0))
-    # each alone would contradict the other field
-    both = override(RESNET, ["trainer.train_loss=siglip", "trainer.eval_loss=siglip"])
-    assert both.distils
+    # each alone would contradict the others
+    both = ["trainer.train_loss=siglip", "trainer.eval_loss=siglip"]
+    assert override(RESNET, [*both, "model.num_classes=0"]).distils
     assert override(RESNET, []) == RESNET
 
 
@@ -90,8 +90,14 @@ def test_every_other_field_stays_and_several_go_together() -> None:
         ("model.no_gelu=1", "must be true or false"),
         ("model.keep=bias", "must be a list, divided by commas, of 'biases' or 'head_order'"),
         ("model.b=0.9", "b must be at least 1, got 0.9"),
-        ("model.converted=false", "must agree: B-cos networks see six channels"),
-        ("trainer.eval_loss=siglip", 'must both be "siglip"'),
+        ("model.converted=false", "use --base_network"),
+        ("data.six_channels=false", "use --base_network"),
+        ("trainer.eval_loss=siglip", 'trainer.eval_loss="siglip" compares embeddings, and the network gives classes'),
+        ("trainer.train_loss=siglip", 'trainer.train_loss="siglip" compares embeddings'),
+        ("model.num_classes=0", 'gives embeddings, so trainer.train_loss must be "siglip"'),
+        ("data.rand_augment=31", "rand_augment must be at most 30, got 31"),
+        ("seed=-1", "seed must be at least 0, got -1"),
+        ("seed=4294967296", "seed must be at most 4294967295, got 4294967296"),
         ("name=other", "use --experiment_name"),
         ("data.dataset=CIFAR10", "use --dataset"),
     ],
@@ -104,7 +110,8 @@ def test_what_does_not_fit_is_refused(assignment: str, sentence: str) -> None:
 
 def test_what_needs_a_converted_network() -> None:
     standard = experiments.find("ImageNet", "standard", "resnet_50")
-    for change in (["model.learn_b=true"], ["model.anneal_b=2"], ["model.b=1"], ["model.keep=biases"]):
+    changes = ("model.learn_b=true", "model.anneal_b=2", "model.b=1", "model.keep=biases", "model.start=standard")
+    for change in ([change] for change in changes):
         with pytest.raises(UserError, match="needs a B-cosified network"):
             override(standard, change)
     with pytest.raises(UserError, match="exclude each other"):
@@ -138,9 +145,10 @@ def test_every_recipe_is_read_back(tmp_path: Path, dataset: str, base_network: s
 
 def test_older_records_have_the_defaults_of_newer_fields(tmp_path: Path) -> None:
     recorded: dict[str, Any] = json.loads(json.dumps(RESNET.to_dict()))
-    for path in defaults():
-        part, _, name = path.partition(".")
-        del recorded[part][name]
+    for part in ("model", "data", "optimiser", "trainer"):
+        for field in dataclasses.fields(getattr(RESNET, part)):
+            if field.default is not dataclasses.MISSING:
+                del recorded[part][field.name]
     (tmp_path / "config.json").write_text(json.dumps(recorded))
     pretrained = dataclasses.replace(RESNET.model, pretrained=None)
     assert recorded_experiment(tmp_path) == dataclasses.replace(RESNET, model=pretrained)
@@ -170,10 +178,21 @@ def test_values_that_only_show_when_they_are_used(tmp_path: Path) -> None:
     for change, sentence in (
         ("model.num_classes=7", "model.num_classes is 7, but Digits has 10 classes"),
         ("model.architecture=resnet_18", "Unknown architecture 'resnet_18'"),
+        ("model.architecture=resnet10_w0", "Unknown architecture 'resnet10_w0'"),
+        ("model.architecture=resnet10_wide", "Unknown architecture 'resnet10_wide'"),
+        ("model.architecture=clip_resnet10_w9", "its width must be even"),
+        ("model.architecture=inception_v3", "Unknown architecture 'inception_v3'"),
+        ("model.architecture=clip_resnet10_w8", r"with data\.image_size 32: the network does not take such images"),
+        ("model.architecture=vit_b_16", r"with data\.image_size 32: the network does not take such images"),
         ("data.rand_augment=3", "not for Digits"),
     ):
         with pytest.raises(UserError, match=sentence):
             train_tiny(tmp_path, "standard", "--set", change)
+    with pytest.raises(UserError, match=r"gives \[1, 128\] of an image, not \[1, 10\]"):
+        train_tiny(tmp_path, "standard", "--set", "model.architecture=clip_resnet10_w8", "data.image_size=64")
+    with pytest.raises(UserError, match=r"model\.no_gelu: resnet10_w8 has no GELU"):
+        train_tiny(tmp_path, "bcosification", "--set", "model.start=random", "model.no_gelu=true")
+    assert not list(tmp_path.iterdir())
     for change, sentence in (
         ("model.pretrained=V9", "torchvision has no weights 'V9' for resnet50. Known: IMAGENET1K_V1, IMAGENET1K_V2"),
         ("model.architecture=nothing", "There are no pretrained weights for 'nothing'"),

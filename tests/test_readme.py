@@ -65,7 +65,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.save(getattr(torchvision.models, name)().state_dict(), root / f"{name}.pth")
     torch.save(build("clip_resnet10_w8", 0).state_dict(), root / "clip.pth")
     torch.save(torch.randn(128, 3, generator=rng), root / "texts.pt")
-    to_pil_image(torch.rand(3, 32, 32, generator=rng)).save(root / "digit.png")
+    torch.save(torch.randn(128, 1, generator=rng), root / "text.pt")
+    for name in ("digit.png", "dog.jpeg"):
+        to_pil_image(torch.rand(3, 32, 32, generator=rng)).save(root / name)
     return root
 
 
@@ -73,7 +75,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("command", PROGRAMS, ids=lambda c: c.split(maxsplit=1)[1])
 def test_command(command: str, folder: Path) -> None:
     """In order: later commands use what earlier ones wrote. Options that make it small are added behind the command's own."""
-    written = {name: str(folder / name) for name in ("digit.png", "digits.safetensors", "explanations")}
+    written = {name: str(folder / name) for name in ("digit.png", "dog.jpeg", "digits.safetensors", "explanations")}
     _, program, *options = [written.get(word, word) for word in shlex.split(command)]
     trains = program in ("train.py", "run_with_submitit.py")
     clip = "clip_bcosification" in options
@@ -92,6 +94,8 @@ def test_command(command: str, folder: Path) -> None:
         more += ["--gpus", "1", "--cluster", "debug"]
     if "zeroshot" in options:
         more += ["--zeroshot_weights", str(folder / "texts.pt")]
+    if "--text" in options:
+        more += ["--zeroshot_weights", str(folder / "text.pt")]
     if more and trains:
         more += ["--max_epochs", "1", "--batch_size", "4" if "ImageNet" in options else "64", "--refresh_rate", "0"]
         if "ImageNet" in options:

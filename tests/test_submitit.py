@@ -110,7 +110,11 @@ def test_a_job_on_this_machine(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "sentence"),
     [
-        (["--timeout", "1", "--gpus", "0"], "--gpus must be at least 1, got 0"),
+        (["--timeout", "0"], "--timeout must be a finite number above 0, got 0.0"),
+        (["--timeout_min", "nan"], "--timeout_min must be a finite number above 0, got nan"),
+        (["--timeout", "1", "--mem_gb", "-1"], "--mem_gb must be a finite number above 0, got -1.0"),
+        (["--timeout", "1", "--list"], "--list is nothing to submit"),
+        (["--timeout", "1", "--print_config"], "--print_config is nothing to submit"),
         (["--timeout", "1", "--devices", "2"], "follow from --gpus and --nodes"),
         (["--timeout", "1", "--num_nodes", "2"], "follow from --gpus and --nodes"),
         (["--timeout", "1", "--set", "optimiser.lr=x"], "must be a number"),
@@ -129,7 +133,12 @@ def test_mistakes_are_found_before_anything_is_queued(
 ) -> None:
     with pytest.raises(UnknownNameError):
         run_with_submitit.main([*options(tmp_path), "--timeout", "1", "--experiment_name", "resnet_11"])
-    for more in ([], ["--timeout", "1", "--timeout_min", "1"], ["--timeout", "1", "--colour", "red"]):
+    for more in (
+        [],
+        ["--timeout", "1", "--timeout_min", "1"],
+        ["--timeout", "1", "--colour", "red"],
+        ["--timeout", "1", "--gpus", "0"],
+    ):
         with pytest.raises(SystemExit):
             run_with_submitit.main(options(tmp_path, "standard", *more))
     assert executors == []

@@ -137,6 +137,12 @@ def test_another_recipe_is_not_mixed_in(own_base: Path) -> None:
         train_tiny(own_base, "standard", "--batch_size", "32", epochs=2)
 
 
+def test_a_damaged_record_is_a_sentence(own_base: Path) -> None:
+    (own_base / "Digits" / "standard" / TINY / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config\.json cannot be read"):
+        train_tiny(own_base, "standard", epochs=2)
+
+
 def test_force_no_resume_keeps_the_old_run(own_base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for number in (1, 2):
         directory = train_tiny(own_base, "standard", "--force-no-resume", "--batch_size", str(64 * number))
@@ -144,6 +150,15 @@ def test_force_no_resume_keeps_the_old_run(own_base: Path, capsys: pytest.Captur
         assert f"kept as {aside}" in capsys.readouterr().out
         assert (aside / "last.ckpt").is_file()
         assert [row["epoch"] for row in _rows(directory)] == ["0"]
+    with pytest.raises(UserError, match="There is no checkpoint"):
+        train_tiny(own_base, "standard", "--force-no-resume", "--init_weights", "nowhere.pth")
+    assert (directory / "last.ckpt").is_file()
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"--base_directory: .*file.* cannot be written \(Not a directory\)"):
+        train_tiny(tmp_path / "file")
 
 
 def test_damaged_last_checkpoint_costs_nothing(own_base: Path) -> None:
@@ -278,6 +293,13 @@ def test_options_that_cannot_be_honoured_say_so(tmp_path: Path, arguments: list[
     assert list(tmp_path.iterdir()) == []
 
 
+def test_more_devices_than_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    with pytest.raises(UserError, match="--devices is 2, but this machine has 1 GPU"):
+        train_tiny(tmp_path, "standard", "--distributed", "--devices", "2")
+
+
 def test_distributed_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(UserError, match=r"--distributed found no GPU\. Give --devices N"):
@@ -292,6 +314,7 @@ def test_loggers_name_the_package_that_they_need(
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *more: None if name == package else real(name, *more))
     with pytest.raises(UserError, match=f"pip install {package}"):
         train_tiny(tmp_path, "standard", option)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_wandb_needs_a_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

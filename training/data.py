@@ -33,7 +33,8 @@ from torchvision.transforms import v2
 
 import bcos_kernels as bk
 from models.errors import UserError
-from models.recipes import DataRecipe
+from models.recipes import DataRecipe, ModelRecipe
+from training.randomness import drawn_by
 from training.tar_images import TarImages
 
 Sample = tuple[Tensor, int]
@@ -148,9 +149,7 @@ class Augmented(Dataset[Sample]):
 
     def __getitem__(self, epoch_and_index: tuple[int, int]) -> Sample:
         epoch, index = epoch_and_index
-        with torch.random.fork_rng(devices=[]):
-            # hash() of integers is the same in every process and version, unlike that of strings.
-            torch.default_generator.manual_seed(hash((self.seed, epoch, index)) & 0x7FFF_FFFF_FFFF_FFFF)
+        with drawn_by(self.seed, epoch, index):
             return self.dataset[index]
 
 
@@ -163,9 +162,8 @@ class DataModule(pl.LightningDataModule):
         data_path: where the files are, instead of the environment variables.
 
     Raises:
-        DataError: from `setup`: a missing path, an empty class folder, classes that differ between train and val; from
-            the
-            loaders: an image file that cannot be read.
+        DataError: from `setup`: a missing path, or one for Digits, an empty class folder, classes that differ between
+            train and val; from the loaders: an image file that cannot be read.
     """
 
     def __init__(self, recipe: DataRecipe, seed: int, data_path: str | Path | None = None) -> None:
@@ -181,6 +179,19 @@ class DataModule(pl.LightningDataModule):
     def num_classes(self) -> int:
         """Number of classes, known after `setup`."""
         return len(self.classes)
+
+    def classes_for(self, recipe: ModelRecipe) -> int:
+        """How many classes a network of this recipe has on these data, 0 where it gives embeddings; after `setup`.
+
+        Raises:
+            DataError: the recipe has another number of classes than the dataset.
+        """
+        classes = self.num_classes if recipe.num_classes is None else recipe.num_classes
+        if classes not in (0, self.num_classes):
+            raise DataError(
+                f"model.num_classes is {classes}, but {self.recipe.dataset} has {self.num_classes} classes."
+            )
+        return classes
 
     def setup(self, stage: str | None = None) -> None:
         """Opens the datasets: "validate" and "test" the validation images alone, anything else both parts."""
@@ -233,6 +244,8 @@ def _open(
     recipe: DataRecipe, train: bool, data_path: str | Path | None, transform: Transform
 ) -> tuple[Dataset[Sample], list[str]]:
     if recipe.dataset == "Digits":
+        if data_path is not None:
+            raise DataError("--data_path: Digits come with scikit-learn and are in no folder; leave it out.")
         return Digits(train, transform), Digits.classes
     root = _root(recipe.dataset, data_path)
     if recipe.dataset == "CIFAR10":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import os
 import sys
@@ -22,11 +21,11 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 import bcos_kernels as bk
-from models.atomic import remove_temporary, replace_atomically
-from models.checkpoints import ACCURACY, CONFIG, EMA, LAST, LOSS, epoch_checkpoints, read_run
+from models.atomic import remove_temporary, writing
+from models.checkpoints import ACCURACY, EMA, LAST, LOSS, epoch_checkpoints, read_run
 from models.errors import CheckpointError, UserError
-from models.factory import conventional_network, finish
-from models.recipe_io import defaults
+from models.factory import check_images, conventional_network, finish
+from models.recipe_io import record, recorded_experiment
 from models.recipes import Experiment
 from models.standard import build
 from training.callbacks import METRICS, ExplanationLogger, KeepCheckpoints, MetricsFile
@@ -94,19 +93,15 @@ def fit(experiment: Experiment, options: FitOptions) -> Path:
     """
     _check_options(experiment, options)
     directory = experiment.directory(options.base_directory)
-    if not options.resume and not options.fast_dev_run:
-        _set_aside(directory)
     data = DataModule(experiment.data, experiment.seed, options.data_path)
     data.setup("fit")
-    classes = data.num_classes if experiment.model.num_classes is None else experiment.model.num_classes
-    if classes not in (0, data.num_classes):
-        raise UserError(f"model.num_classes is {classes}, but {experiment.dataset} has {data.num_classes} classes.")
+    classes = data.classes_for(experiment.model)
     experiment = dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, num_classes=classes))
 
     last = find_resumable(directory) if options.resume and not options.fast_dev_run else None
     epochs = experiment.trainer.max_epochs
     if last is not None:
-        check_same_recipe(experiment, directory / CONFIG)
+        check_same_recipe(experiment, directory)
         if last.epoch + 1 >= epochs:
             _say(
                 f"{directory} is trained: {last.path.name} was written after epoch {last.epoch} of 0 to {epochs - 1}. "
@@ -121,12 +116,20 @@ def fit(experiment: Experiment, options: FitOptions) -> Path:
     else:
         conventional = conventional_network(experiment, classes, options.base_directory, options.init_weights)
     model = finish(conventional, experiment.model)
+    check_images(model, experiment.model, experiment.data, classes)
     teacher = conventional if experiment.distils else None
+    if teacher is not None:
+        check_images(teacher, experiment.model, experiment.data, classes, channels=3)
     del conventional  # the other networks do not need its memory
     if options.compile:
         model.compile()
+    loggers: list[Logger] = [make(directory) for make in options.make_loggers]
+    # From here on the folder is written to: whatever the options could have wrong has been found.
     if not options.fast_dev_run:
-        _prepare(directory, experiment)
+        with writing("--base_directory", directory):
+            if not options.resume:
+                _set_aside(directory)
+            _prepare(directory, experiment)
     module: Trained
     if teacher is not None:
         assert isinstance(model, bk.BcosNetwork)
@@ -134,7 +137,7 @@ def fit(experiment: Experiment, options: FitOptions) -> Path:
     else:
         module = Classifier(model, experiment, classes, options.track_grad_norm)
     with _quiet():
-        trainer = _trainer(experiment, options, directory)
+        trainer = _trainer(experiment, options, directory, loggers)
         trainer.fit(module, data, ckpt_path=None if last is None else str(last.path), weights_only=True)
     return directory
 
@@ -177,26 +180,24 @@ def find_resumable(directory: Path) -> Resumable | None:
     return last
 
 
-def check_same_recipe(experiment: Experiment, config: Path) -> None:
+def check_same_recipe(experiment: Experiment, directory: Path) -> None:
     """Compares the recipe with the recorded one, apart from the number of epochs and of loading processes.
 
     Raises:
-        models.errors.UserError: they differ; the message says in what.
+        models.errors.UserError: they differ, the message says in what; or the record is damaged.
     """
-    if not config.is_file():
+    before = recorded_experiment(directory)
+    if before is None:
         return
-    recorded = _flat(json.loads(config.read_text()))
-    current = _flat(json.loads(json.dumps(experiment.to_dict())))
-    # What the recipe has gained since it was recorded had its default then.
-    recorded = json.loads(json.dumps(defaults())) | recorded
+    recorded, current = _flat(before.to_dict()), _flat(experiment.to_dict())
     differing = [
-        f"{key}: {recorded.get(key)} then, {current.get(key)} now"
-        for key in sorted(recorded.keys() | current.keys())
-        if key not in _MAY_CHANGE and recorded.get(key) != current.get(key)
+        f"{key}: {recorded[key]} then, {current[key]} now"
+        for key in sorted(current)
+        if key not in _MAY_CHANGE and recorded[key] != current[key]
     ]
     if differing:
         raise UserError(
-            f"{config.parent} was trained with another recipe ({'; '.join(differing)}). Give the same options to "
+            f"{directory} was trained with another recipe ({'; '.join(differing)}). Give the same options to "
             "resume it, or --force-no-resume to begin anew."
         )
 
@@ -206,10 +207,10 @@ def _check_options(experiment: Experiment, options: FitOptions) -> None:
         raise UserError(
             f"--explanation_logging needs a B-cos network; base_network '{experiment.base_network}' is conventional."
         )
-    if not experiment.distils and experiment.model.num_classes == 0:
-        raise UserError(f"'{experiment.name}' gives embeddings; trainer.train_loss and eval_loss must be siglip.")
     if options.distributed and options.devices is None and not torch.cuda.is_available():
         raise UserError("--distributed found no GPU. Give --devices N to train with N processes on the CPU.")
+    if torch.cuda.is_available() and (options.devices or 0) > torch.cuda.device_count():
+        raise UserError(f"--devices is {options.devices}, but this machine has {torch.cuda.device_count()} GPU(s).")
     if not options.distributed and (options.num_nodes > 1 or (options.devices or 1) > 1):
         raise UserError("--devices and --num_nodes above 1 need --distributed.")
 
@@ -229,15 +230,10 @@ def _set_aside(directory: Path) -> None:
 def _prepare(directory: Path, experiment: Experiment) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     remove_temporary(directory)
-    text = json.dumps(experiment.to_dict(), indent=2) + "\n"
-    replace_atomically(directory / CONFIG, lambda temporary: _write(temporary, text))
+    record(experiment, directory)
     _say(
         f"{experiment.dataset} {experiment.base_network} {experiment.name}: {METRICS} and checkpoints go to {directory}"
     )
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text)
 
 
 @rank_zero_only
@@ -245,7 +241,7 @@ def _say(text: str) -> None:
     print(text, flush=True)
 
 
-def _trainer(experiment: Experiment, options: FitOptions, directory: Path) -> pl.Trainer:
+def _trainer(experiment: Experiment, options: FitOptions, directory: Path, loggers: list[Logger]) -> pl.Trainer:
     extra = ["grad_norm"] if options.track_grad_norm else []
     if experiment.model.variable_b:
         extra.append(MEAN_EXPONENT)
@@ -263,7 +259,6 @@ def _trainer(experiment: Experiment, options: FitOptions, directory: Path) -> pl
         callbacks.append(MovingAverage(decay))
     if options.explain_every is not None:
         callbacks.append(ExplanationLogger(directory, options.explain_every))
-    loggers: list[Logger] = [make(directory) for make in options.make_loggers]
     precision: Literal["16-mixed", "bf16-mixed", "32-true"] = "32-true"
     if options.amp:
         precision = "16-mixed" if torch.cuda.is_available() else "bf16-mixed"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torchvision.transforms import v2
+
+from training.randomness import drawn_by
 
 
 class MixUp:
@@ -33,8 +34,6 @@ class MixUp:
         Returns:
             Images as before, and targets `[N, K]`, float32, whose rows sum to 1.
         """
-        with torch.random.fork_rng(devices=[]):
-            # hash() of integers is the same in every process and version, unlike that of strings.
-            torch.default_generator.manual_seed(hash((self.seed, *position)) & 0x7FFF_FFFF_FFFF_FFFF)
+        with drawn_by(self.seed, *position):
             mixed, shares = self._mix(images, targets)
         return mixed, shares
