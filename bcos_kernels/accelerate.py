@@ -347,7 +347,8 @@ def _difference(theirs: Any, ours: _StandIn, shape: tuple[int, ...]) -> str | No
                 results.append(_run(layer, x) + [b.clone() for b in theirs.buffers() if b.is_floating_point()])
             if [r.shape for r in results[0]] != [r.shape for r in results[1]]:
                 return "its output has another shape than ours"
-            error = max(_relative_error(a, e) for e, a in zip(*results, strict=True))
+            errors = [_relative_error(a, e) for e, a in zip(*results, strict=True)]
+            error = torch.tensor(errors, dtype=torch.float64).max().item()  # Python's max may lose a NaN
             if not error <= _AGREEMENT.get(dtype, 0.0):
                 mode = f"{'training' if training else 'evaluation'}, explanation mode {'on' if detach else 'off'}"
                 return f"it does not compute what ours computes (relative difference {error:.1e} in {mode})"

@@ -18,19 +18,20 @@ A backend is a module with these functions (``dispatch`` finds it by name)::
 single group. A backend need not look at it.
 
 A function may be missing where ``why_not`` refuses its calls.
+
+Options and calls are named tuples, not dataclasses: five of them are made for a forward and a backward pass of a layer, in
+0.2 instead of 1 microsecond each.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Options:
+class Options(NamedTuple):
     """All that a B-cos convolution or linear layer is told besides its tensors; a linear layer keeps the defaults.
 
     ``b`` is a float, or a scalar tensor that may need a gradient.
@@ -102,8 +103,7 @@ class Gradients(NamedTuple):
     b: Tensor
 
 
-@dataclass(frozen=True)
-class NormOptions:
+class NormOptions(NamedTuple):
     """All that an uncentered batch norm is told besides its tensors.
 
     A ReLU behind a residual keeps ``z``, whose sign is its mask; without a residual backward finds the mask from ``x``, which
@@ -149,8 +149,7 @@ class NormGradients(NamedTuple):
     residual: Tensor
 
 
-@dataclass(frozen=True)
-class LayerNormOptions:
+class LayerNormOptions(NamedTuple):
     """Of a layer norm over the last ``axes`` axes; ``squares`` are wanted for the next layer's norm (one axis only)."""
 
     axes: int
@@ -186,8 +185,7 @@ class LayerNormGradients(NamedTuple):
     bias: Tensor
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """One call of one operation, as the choice of a backend sees it.
 
     ``explicit``: the caller named this backend. Some run where the automatic choice never takes them (an interpreter).
@@ -197,7 +195,7 @@ class Call:
     op: str
     x: Tensor
     weight: Tensor | None = None
-    options: Options = field(default_factory=Options)
+    options: Options = Options()
     bias: bool = False
     for_backward: bool = False
     explicit: bool = False

@@ -114,8 +114,7 @@ def choose(backend: str, call: Call, *, strict: bool = True) -> ModuleType:
         RuntimeError: the named backend cannot run the call; the message is the sentence that says why.
     """
     if backend != AUTO:
-        named = Call(call.op, call.x, call.weight, call.options, call.bias, call.for_backward, explicit=True)
-        sentence = why_not(backend, named)
+        sentence = why_not(backend, call._replace(explicit=True))
         if sentence is None:
             return load(backend)
         if strict:

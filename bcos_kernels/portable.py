@@ -237,7 +237,7 @@ def _gain(var: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tenso
 
 def _affine(value: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
     z = value * gain[:, None, None]
-    return z if bias is None else z + bias.to(z.dtype)[:, None, None]
+    return z if bias is None else z.add_(bias.to(z.dtype)[:, None, None])
 
 
 def batch_norm_uncentered2d(
@@ -257,8 +257,8 @@ def batch_norm_uncentered2d(
         batch_var = (value - mean[:, None, None]).square().sum((0, 2, 3)) / count
     _, gain = _gain(batch_var if var is None else var.to(acc), weight, options.eps)
     z = _affine(value, gain, bias)
-    z = z if residual is None else z + residual.to(acc)
-    z = (z.relu() if options.relu else z).to(x.dtype)
+    z = z if residual is None else z.add_(residual)
+    z = (z.relu_() if options.relu else z).to(x.dtype)
     if options.squares:
         squares = z.to(acc).square().sum(1, keepdim=True)
     return NormForward(z, mean, batch_var, squares)
@@ -280,16 +280,17 @@ def batch_norm_uncentered2d_backward(
     g, value = grad.to(acc), x.to(acc)
     inv_std, gain = _gain(var.to(acc), weight, options.eps)
     if options.relu:
-        g = g.masked_fill((_affine(value, gain, bias) if z is None else z) <= 0, 0)
+        g = torch.ops.aten.threshold_backward(g, _affine(value, gain, bias) if z is None else z.to(acc), 0)
     through_var = needs.x and mean.numel() > 0 and not options.detach_var
     dot = (g * value).sum((0, 2, 3)) if needs.weight or through_var else empty
     dx = empty
     if needs.x:
-        dx = g * gain[:, None, None]
         if through_var:
             # dL/dvar = -dot * gain * inv_std^2 / 2 and dvar/dx = 2 (x - mean) / count
             pull = -dot * gain * inv_std.square() * (x.shape[1] / max(x.numel(), 1))
-            dx = dx + (value - mean[:, None, None]) * pull[:, None, None]
+            dx = (value - mean[:, None, None]).mul_(pull[:, None, None]).addcmul_(g, gain[:, None, None])
+        else:
+            dx = g * gain[:, None, None]
         dx = dx.to(x.dtype)
     return NormGradients(
         dx,

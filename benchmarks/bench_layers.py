@@ -26,7 +26,7 @@ from torch import Tensor
 
 import bcos_kernels as bk
 from bcos_kernels import reference
-from benchmarks.harness import PHASES, Clock, Step, Table, machine, peak_mib, summary, take_turns
+from benchmarks.harness import PHASES, Clock, Step, Table, difference, machine, peak_mib, summary, take_turns
 from benchmarks.shapes import SETS, Layer, layers
 
 RESULTS = Path(__file__).parent / "results"
@@ -108,7 +108,7 @@ def error(call: Call, truth: Call, x: Tensor, w: Tensor, grad: Tensor) -> float:
     for f in (call, truth):
         y = f(x, w)
         results.append([y.detach(), *torch.autograd.grad(y, (x, w), grad)])
-    return max(((a - t).double().norm() / t.double().norm()).item() for a, t in zip(*results, strict=True))
+    return difference(*results)
 
 
 def measure_layer(layer: Layer, names: list[str], args: argparse.Namespace, clock: Clock, table: Table) -> bool:

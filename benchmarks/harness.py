@@ -7,7 +7,7 @@ import datetime
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +134,12 @@ def peak_mib(step: Step, device: str) -> float:
         held += event.nbytes()
         peak = max(peak, held)
     return peak / 2**20
+
+
+def difference(actual: Iterable[Tensor], expected: Iterable[Tensor]) -> float:
+    """Norm of the difference over the norm of what is expected, of the worst result; NaN where there is one."""
+    pairs = [(a.double(), e.double()) for a, e in zip(actual, expected, strict=True)]
+    return torch.stack([(a - e).norm() / e.norm() for a, e in pairs]).max().item()  # Python's max may lose a NaN
 
 
 class Table:

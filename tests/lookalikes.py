@@ -124,6 +124,16 @@ class ScaledConv2d(PlainConv2d):
         return super().forward(x) / 3
 
 
+class LostGradient(PlainConv2d):
+    """Its output is ours, its gradient is NaN."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        if y.requires_grad:
+            y.register_hook(lambda grad: grad * float("nan"))
+        return y
+
+
 class Pool(AttentionPool):
     """B-cosification's pool: no positions, no biases; in explanation mode the input of queries and keys is a constant."""
 

@@ -16,7 +16,7 @@ from torch import nn
 
 import bcos_kernels as bk
 from bcos_kernels.modules import DetachableModule
-from tests.lookalikes import FlatConv2d, FlatNetwork, GateGELU, PlainConv2d, Pool, ScaledConv2d
+from tests.lookalikes import FlatConv2d, FlatNetwork, GateGELU, LostGradient, PlainConv2d, Pool, ScaledConv2d
 from tests.tolerances import GRADIENT, OUTPUT, assert_close
 
 modules = importlib.import_module("bcos.modules")
@@ -199,6 +199,7 @@ def test_layers(name: str, detach: bool) -> None:
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "scale": (lambda: ScaledConv2d(3, 4, 3), "it does not compute what ours computes"),
+    "gradient": (lambda: LostGradient(3, 4, 3), "it does not compute what ours computes"),
     "padding": (lambda: modules.BcosConv2d(3, 4, 3, padding=1, padding_mode="reflect"), "padding_mode='reflect'"),
     "all norm": (lambda: norms.AllNormUncentered2d(4), "one variance for all channels"),
     "centered": (lambda: norms.BatchNorm2d(4), "it has no `detach`"),

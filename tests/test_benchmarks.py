@@ -13,7 +13,7 @@ import torch
 
 import bcos_kernels as bk
 from benchmarks import bench_layers, bench_networks, choice, gpu_check
-from benchmarks.harness import PHASES
+from benchmarks.harness import PHASES, difference
 from benchmarks.shapes import SETS, Layer, layers
 
 FORWARD = {"conv2d", "linear"}
@@ -94,6 +94,13 @@ def test_a_refusal_is_no_failure_and_a_wrong_result_is(
     monkeypatch.setattr(bench_layers, "bcos_layer", wrong)
     assert run(monkeypatch, tmp_path / "b.csv", "--contenders", "portable", "--only", "3x3 16-8 at 6") == 1
     assert "WRONG" in capsys.readouterr().err
+
+
+def test_nan_is_a_difference() -> None:
+    good, bad = torch.ones(3), torch.tensor([1.0, float("nan"), 1.0])
+    assert difference([good, good], [good, good / 2]) == 1
+    for results in ([good, bad], [bad, good]):
+        assert not difference(results, [good, good]) <= 1
 
 
 @pytest.mark.parametrize("dry", [True, False])

@@ -153,6 +153,13 @@ def test_another_activation_is_called(together: Counter[bool]) -> None:
     assert together[True] == 0
 
 
+def test_a_relu_with_another_forward_pass_is_called() -> None:
+    fused = FusedSequential(bk.BatchNormUncentered2d(3), nn.ReLU())
+    fused[1].forward = lambda input: input * 7
+    x = torch.randn(2, 3, 4, 4)
+    assert torch.equal(fused(x), fused[0](x) * 7)
+
+
 def test_a_norm_with_another_forward_pass_is_called(together: Counter[bool]) -> None:
     class Doubled(bk.BatchNormUncentered2d):
         def forward(self, input: Tensor) -> Tensor:

@@ -102,3 +102,11 @@ def test_logit_layer() -> None:
     assert torch.equal(bk.LogitLayer()(x), x)
     assert torch.equal(bk.LogitLayer(2.0, -1.0)(x), x / 2 - 1)
     assert not bk.LogitLayer(2.0, -1.0).state_dict()
+
+
+def test_second_derivative_of_a_similarity_in_explanation_mode_is_the_true_one() -> None:
+    """The map that was applied depends on the length of the embedding, although its first derivative does not."""
+    similarity = bk.CosineLogits(torch.randn(3, 4, dtype=torch.float64))
+    x = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
+    with bk.explanation_mode(similarity):
+        assert torch.autograd.gradgradcheck(similarity, x)

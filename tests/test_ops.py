@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 import bcos_kernels as bk
 from tests.op_cases import LEARNABLE, SHAPES, Case
@@ -87,6 +88,28 @@ def test_opcheck_backward(case: Case) -> None:
     )
     operator = getattr(torch.ops.bcos, f"{kind}_backward").default
     torch.library.opcheck(operator, arguments, test_utils=TRACEABLE)
+
+
+@pytest.mark.parametrize("backend", ["auto", "portable"])
+@pytest.mark.parametrize("wanted", range(3))
+def test_opcheck_of_one_gradient(wanted: int, backend: str) -> None:
+    """What is not wanted is an empty tensor of its own: outputs must not share storage."""
+    needs = [i == wanted for i in range(4)]
+    checks = ("test_schema", "test_faketensor")
+    for case in (CONV, LINEAR):
+        op = torch.ops.bcos.conv2d if case.is_conv else torch.ops.bcos.linear
+        x, weight, _, b, *scalars = operator_arguments(case)
+        bias = torch.zeros(weight.shape[0], dtype=x.dtype)
+        y, norm, _, winner = op(x, weight, bias, b, *scalars)
+        arguments = (y.detach(), x, weight, bias, b, y.detach(), norm, winner, needs, *scalars[:-3], backend)
+        backward = torch.ops.bcos.conv2d_backward if case.is_conv else torch.ops.bcos.linear_backward
+        torch.library.opcheck(backward.default, arguments, test_utils=checks)
+    x, weight, bias = (torch.ones(shape, dtype=torch.float64) for shape in ((2, 3, 4, 4), 3, 3))
+    arguments = (x, x, None, weight[:0], weight, weight, bias, needs, 1e-5, True, False, backend)
+    torch.library.opcheck(torch.ops.bcos.batch_norm_uncentered2d_backward.default, arguments, test_utils=checks)
+    rows = torch.ones(2, 3, dtype=torch.float64)
+    arguments = (rows, rows, rows[:, :1] + 0, rows[:, :1] + 0, weight, bias, needs[:3], 1, 1e-5, False, backend)
+    torch.library.opcheck(torch.ops.bcos.layer_norm_backward.default, arguments, test_utils=checks)
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
@@ -175,6 +198,50 @@ def test_autocast_follows_convolution(case: Case) -> None:
     for name, t in tensors.items():
         assert t.grad is not None, name
         assert t.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("backend", ["auto", "portable", "reference"])
+def test_autocast_of_the_other_half_precision(backend: str) -> None:
+    """torch's own convolution casts float16 to bfloat16 too."""
+    for case in (CONV, LINEAR):
+        tensors = {k: t.detach().half() if k == "x" else t.detach() for k, t in case.inputs(torch.float32).items()}
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = case.run(tensors, backend=backend)
+        assert y.dtype == torch.bfloat16
+        assert_close(y, case.run({k: t.bfloat16() for k, t in tensors.items()}, backend=backend), OUTPUT)
+
+
+@pytest.mark.parametrize("backend", ["auto", "portable"])
+@pytest.mark.parametrize("max_out", [1, 2])
+def test_backward_inside_autocast_of_a_layer_outside(backend: str, max_out: int) -> None:
+    """The gradients are those of the float32 layer that ran."""
+    for shape in (CONV, LINEAR):
+        case = shape.with_options(b=2, max_out=max_out)
+        tensors = case.inputs(torch.float32)
+        y = case.run(tensors, backend=backend)
+        leaves, upstream = list(tensors.values()), torch.linspace(-1, 1, y.numel()).view(y.shape)
+        expected = torch.autograd.grad(y, leaves, upstream, retain_graph=True)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = torch.autograd.grad(y, leaves, upstream)
+        for name, a, e in zip(tensors, found, expected, strict=True):
+            assert torch.equal(a, e), name
+
+
+@pytest.mark.parametrize("case", [CONV, LINEAR], ids=lambda c: c.name)
+def test_squares_of_what_autocast_rounds_are_not_used(case: Case) -> None:
+    """1.0039 becomes 1: its sum of squares would be off by 0.8 %."""
+    tensors = case.inputs(torch.float32)
+    tensors["x"] = torch.full_like(tensors["x"], 1 + 2**-8)
+    squares = tensors["x"].square().sum(1 if case.is_conv else -1, keepdim=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(case.run(tensors, squares=squares), case.run(tensors))
+
+
+def test_forward_mode_is_refused() -> None:
+    """There is no such derivative: a tangent must not silently become zero."""
+    tensors = {k: t.detach() for k, t in CONV.inputs().items()}
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward mode"):
+        CONV.run({**tensors, "x": forward_ad.make_dual(tensors["x"], tensors["x"])})
 
 
 def test_autocast_leaves_float64_alone() -> None:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bcos_kernels import reference
 from bcos_kernels.functional import bcos_linear, check_exponent
 from bcos_kernels.modules.detachable import DetachableModule
 
@@ -44,7 +45,7 @@ class CosineLogits(DetachableModule):
 
     def forward(self, x: Tensor) -> Tensor:
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1e-12)
-        x = x / (length.detach() if self.detach else length)
+        x = reference.scaled(x, length.reciprocal(), detach=self.detach)
         logits = self.scale * bcos_linear(x, self.directions, b=self.power, detach_scale=self.detach)
         return logits if logits.dim() == 2 else logits.mean(1)
 

@@ -270,8 +270,8 @@ def batch_norm_uncentered2d(
     mean, batch_var = (x.new_empty(0, dtype=acc) for _ in range(2))
     squares = x.new_empty((n, 1, h, w) if options.squares else 0, dtype=acc)
     if x.numel() == 0:
-        if var is None:
-            mean, batch_var = (x.new_full((channels,), float("nan"), dtype=acc) for _ in range(2))
+        if var is None:  # an empty batch has variance 0
+            mean, batch_var = (x.new_zeros(channels, dtype=acc) for _ in range(2))
         return NormForward(torch.empty_like(x), mean, batch_var, squares)
     with guard(x):
         x = dense(x, memory_format(x))

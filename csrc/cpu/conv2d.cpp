@@ -183,21 +183,24 @@ Four conv2d_backward(const at::Tensor& grad_, const at::Tensor& x_, const at::Te
   at::Tensor du = grad, pixel_sum;
   double db = 0;
   if (scaled || max_out > 1) {
-    du = at::empty({g.images, g.out * max_out, g.window.out_height, g.window.out_width},
-                   x.options().memory_format(g.format));
+    du = scratch({g.images, g.out * max_out, g.window.out_height, g.window.out_width}, x.options(), g.format);
     if (scaled && needs[0] && !detach) pixel_sum = at::empty_like(norm);
     db = ScaleBackward{g.of_y(), g.out, max_out, e, detach, needs[3], grad, kept, norm, winner, du, pixel_sum}.run();
   }
-  if (needs[0] || needs[1] || needs[2]) {
-    const at::OptionalIntArrayRef bias_sizes = bias ? at::OptionalIntArrayRef(bias->sizes()) : std::nullopt;
-    const auto grads = at::convolution_backward(du, x, w, bias_sizes, stride, padding, dilation, false, {0, 0}, groups,
-                                                {needs[0], needs[1], needs[2]});
-    if (needs[0]) dx = std::get<0>(grads).contiguous(g.format);
-    if (needs[1]) dweight = unit_rows_backward(std::get<1>(grads), weight, normalize_weight);
-    if (needs[2]) dbias = std::get<2>(grads);
-  }
+  const at::OptionalIntArrayRef bias_sizes = bias ? at::OptionalIntArrayRef(bias->sizes()) : std::nullopt;
+  const auto differentiate = [&](bool by_x, bool by_weight, bool by_bias) {
+    return at::convolution_backward(du, x, w, bias_sizes, stride, padding, dilation, false, {0, 0}, groups,
+                                    {by_x, by_weight, by_bias});
+  };
+  // dx first, and finished: it is still in the cache when x is added to it, and x when dweight is computed.
+  if (needs[0]) dx = std::get<0>(differentiate(true, false, false)).contiguous(g.format);
   if (pixel_sum.defined()) {
     BCOS_DISPATCH(x.scalar_type(), "bcos_native: pull_norm", [&] { pull_norm<scalar_t>(g, x, pixel_sum, norm, dx); });
+  }
+  if (needs[1] || needs[2]) {
+    const auto grads = differentiate(false, needs[1], needs[2]);
+    if (needs[1]) dweight = unit_rows_backward(std::get<1>(grads), weight, normalize_weight);
+    if (needs[2]) dbias = std::get<2>(grads);
   }
   return {dx, dweight, dbias, scalar_or_nothing(x, needs[3], db)};
 }

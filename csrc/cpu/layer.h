@@ -15,6 +15,10 @@ inline Exponent exponent(double b, const std::optional<at::Tensor>& learned_b, i
   return {static_cast<Form>(form), learned_b ? learned_b->item<double>() : b};
 }
 
+// Memory for a tensor that is gone when the operation returns. Large blocks that are freed may go back to the operating
+// system and come back page by page (docs/performance.md), so a thread keeps one, of at most 16 MiB.
+at::Tensor scratch(at::IntArrayRef sizes, const at::TensorOptions& options, at::MemoryFormat format);
+
 // dB as a tensor of one element, or nothing.
 at::Tensor scalar_or_nothing(const at::Tensor& like, bool wanted, double value);
 

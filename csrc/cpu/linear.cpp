@@ -141,7 +141,7 @@ Four linear_backward(const at::Tensor& grad_, const at::Tensor& x_, const at::Te
 
   at::Tensor du = grad, pixel_sum;
   if (scaled || max_out > 1) {
-    du = at::empty({s.rows, s.out * max_out}, x.options());
+    du = scratch({s.rows, s.out * max_out}, x.options(), at::MemoryFormat::Contiguous);
     if (scaled && needs[0] && !detach) pixel_sum = at::empty({s.rows}, norm.options());
     db = ScaleBackward{s.layout(), s.out, max_out, e, detach, needs[3], grad, kept, norm, winner, du, pixel_sum}.run();
   }
