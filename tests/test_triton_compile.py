@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -65,22 +64,22 @@ def launches(dtype: torch.dtype, device_class: str) -> list[Launch]:
             for fused in (True, False):
                 with tiles.force(fused):
                     both_passes(dtype, (8, 1024, 256), (512, 256), Options(b=b))
-                    both_passes(dtype, (4, 64, 28, 28), (128, 64, 3, 3), replace(THREE, b=b))
-                    both_passes(dtype, (4, 64, 28, 28), (64, 1, 3, 3), replace(THREE, b=b, groups=64))
+                    both_passes(dtype, (4, 64, 28, 28), (128, 64, 3, 3), THREE._replace(b=b))
+                    both_passes(dtype, (4, 64, 28, 28), (64, 1, 3, 3), THREE._replace(b=b, groups=64))
         if wide:
             with tiles.force(True):
                 # many tiles, up to 64 columns and more: the table's "narrow" and "wide"
                 for b in (2.0, LEARNABLE):
                     for columns in (64, 512):
                         both_passes(dtype, (16384, columns), (columns, columns), Options(b=b))
-                        both_passes(dtype, (8, 64, 56, 56), (columns, 64, 3, 3), replace(THREE, b=b))
+                        both_passes(dtype, (8, 64, 56, 56), (columns, 64, 3, 3), THREE._replace(b=b))
                 both_passes(dtype, (4, 256), (64, 256), Options())
                 both_passes(dtype, (5, 7), (3, 7), Options())
                 both_passes(dtype, (8, 1024, 256), (1024, 256), Options(max_out=2))
                 both_passes(dtype, (8, 64, 56, 56), (256, 64, 1, 1), Options(stride=(2, 2)))
                 both_passes(dtype, (2, 6, 56, 56), (64, 6, 7, 7), Options(padding=(3, 3), stride=(2, 2)))
-                both_passes(dtype, (4, 64, 28, 28), (256, 64, 3, 3), replace(THREE, max_out=2))
-                both_passes(dtype, (4, 64, 28, 28), (128, 2, 3, 3), replace(THREE, max_out=2, groups=32))
+                both_passes(dtype, (4, 64, 28, 28), (256, 64, 3, 3), THREE._replace(max_out=2))
+                both_passes(dtype, (4, 64, 28, 28), (128, 2, 3, 3), THREE._replace(max_out=2, groups=32))
             with tiles.force(False):
                 both_passes(dtype, (4, 64, 28, 28), (128, 64, 3, 3), THREE, last=False)
                 both_passes(dtype, (4, 64, 28, 28), (256, 64, 1, 1), Options(max_out=2))
