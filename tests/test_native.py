@@ -126,9 +126,14 @@ def test_is_built_where_a_compiler_is_found() -> None:
     assert native.unavailable() is None
 
 
+def find_out_anew() -> None:
+    native.unavailable.cache_clear()
+    dispatch.forget()
+
+
 def test_another_torch_is_refused_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "build_info", lambda: {"torch": "1.0.0"})
-    native.unavailable.cache_clear()
+    find_out_anew()
     try:
         if native._LIBRARY.exists():
             sentence = dispatch.unavailable("native")
@@ -141,17 +146,17 @@ def test_another_torch_is_refused_in_a_sentence(monkeypatch: pytest.MonkeyPatch)
         assert bk.bcos_linear(torch.ones(1, 2), torch.ones(3, 2)).shape == (1, 3)
     finally:
         monkeypatch.undo()
-        native.unavailable.cache_clear()
+        find_out_anew()
 
 
 def test_missing_extension_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "build_info", lambda: None)
-    native.unavailable.cache_clear()
+    find_out_anew()
     try:
         assert "pip install . with a C++ compiler builds it" in str(dispatch.unavailable("native"))
     finally:
         monkeypatch.undo()
-        native.unavailable.cache_clear()
+        find_out_anew()
 
 
 def setup_py(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
