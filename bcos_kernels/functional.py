@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bcos_kernels import dispatch, ops, reference
+from bcos_kernels import dispatch, norm_ops, ops, reference, registration  # noqa: F401 - norm_ops: registered by the import
 from bcos_kernels.contract import Options, accumulator, conv_output_size
 
 Pair = int | Sequence[int]
@@ -495,5 +495,5 @@ def _define(
     """The reference, with what autocast does to a convolution; the operators do that themselves."""
     kind = x.device.type
     if torch.is_autocast_enabled(kind):
-        x, weight, bias = ops.autocast(kind, x, weight, bias)  # type: ignore[assignment]  # bias alone may be None
+        x, weight, bias = registration.autocast(kind, x, weight, bias)  # type: ignore[assignment]  # bias alone may be None
     return definition(x, weight, bias, options).to(x.dtype)

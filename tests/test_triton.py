@@ -291,6 +291,12 @@ def test_same_result_twice(case: Case) -> None:
     assert all(torch.equal(first[k], second[k]) for k in first)
 
 
+def test_images_without_pixels_are_refused() -> None:
+    x, w = torch.empty(2, 3, 0, 4, device=DEVICE), torch.randn(4, 3, 1, 1, device=DEVICE)
+    with pytest.raises(RuntimeError, match="images without pixels"):
+        bk.bcos_conv2d(x, w, padding=1, backend="triton")
+
+
 def test_unwanted_gradients_are_empty() -> None:
     x, w, g = (torch.randn(s, device=DEVICE) for s in ((2, 3, 4, 4), (4, 3, 1, 1), (2, 4, 4, 4)))
     f = layers.conv2d(x, w, None, Options(), True)
