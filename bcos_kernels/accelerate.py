@@ -321,9 +321,9 @@ def _candidates(module: Any) -> Iterator[_Candidate]:
         yield _Candidate(_LayerNorm2d, (2, module.normalized_shape[0], 2, 3))
     elif isinstance(module, nn.GroupNorm):
         yield _Candidate(_GroupNorm, (2, module.num_channels, 2, 3))
-    elif SimpleViTAttention.fits(module):
+    elif SimpleViTAttention.resembles(module):
         yield _Candidate(_Attention, (2, 3, module.to_qkv.in_features))
-    elif AttentionPool2d.fits(module):
+    elif AttentionPool2d.resembles(module):
         yield _Candidate(_AttentionPool, (2, module.v_proj.in_features, 2, 2))
     elif "GELU" in type(module).__name__ and not list(module.children()):
         yield _Candidate(_GELU, (2, 3, 4))

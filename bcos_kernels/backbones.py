@@ -1,8 +1,8 @@
 """Networks of the paper whose ``forward`` is replaced, so that the classifier comes before the pooling.
 
 Averaging after the (non-linear) B-cos classifier instead of before it gives every location its own logits (B-cosification,
-arXiv 2411.00715). A backbone takes over the children of a network of a known structure, under their own names,
-and replaces only the network's ``forward``. Networks that are none of these keep theirs; see :mod:`bcos_kernels.structure`.
+arXiv 2411.00715). A backbone takes over the children of a network of a known class, under their own names, and replaces only
+the network's ``forward``. Networks with another forward pass keep theirs; see :mod:`bcos_kernels.structure`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bcos_kernels.identity import class_name, has_any_hook, known_class
 from bcos_kernels.modules.fused import norm_relu, norm_relu_conv
+
+_LINEAR = class_name(nn.Linear)
+_IDENTITY = class_name(nn.Identity)
+
+
+def averages_all(pool: nn.Module) -> bool:
+    """Whether the module is the average over all locations, as torch computes it."""
+    return known_class(pool, (class_name(nn.AdaptiveAvgPool2d),)) is not None and pool.output_size in (1, (1, 1))
 
 
 class Backbone(nn.Module):
@@ -22,8 +31,8 @@ class Backbone(nn.Module):
 
         def __getattr__(self, name: str) -> Any: ...
 
-    #: paths of the children by which the structure is recognised
-    structure: ClassVar[tuple[str, ...]]
+    #: the classes whose forward pass is replaced, by name
+    classes: ClassVar[tuple[str, ...]]
     #: path of the classifier, a linear layer; None where the network has none
     head: ClassVar[str | None]
     #: the classifier becomes a 1x1 convolution on the feature map
@@ -33,22 +42,27 @@ class Backbone(nn.Module):
 
     def __init__(self, source: nn.Module) -> None:
         super().__init__()
-        for name, child in source.named_children():
+        for name, child in source._modules.items():
             self.add_module(name, child)
 
     @classmethod
     def fits(cls, model: nn.Module) -> bool:
-        paths = dict(model.named_modules())
-        if not all(path in paths for path in cls.structure):
+        """Whether the model's forward pass is one that this class replaces, on the layers that it expects."""
+        if known_class(model, cls.classes) is None or has_any_hook(model):
             return False
-        return cls.head is None or isinstance(paths.get(cls.head), nn.Linear)
+        head = dict(model.named_modules(remove_duplicate=False)).get(cls.head or "")
+        return cls.head is None or (head is not None and known_class(head, (_LINEAR,)) is not None)
 
 
 class ResNet(Backbone):
     """torchvision's ResNet, ResNeXt and Wide ResNet (arXiv 1512.03385)."""
 
-    structure = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4", "avgpool", "fc")
+    classes = ("torchvision.models.resnet.ResNet",)
     head = "fc"
+
+    @classmethod
+    def fits(cls, model: nn.Module) -> bool:
+        return super().fits(model) and averages_all(model.get_submodule("avgpool"))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.maxpool(norm_relu(self.bn1, self.relu, self.conv1(x)))
@@ -59,13 +73,8 @@ class ResNet(Backbone):
 class DenseNet(Backbone):
     """torchvision's DenseNet (arXiv 1608.06993)."""
 
-    structure = ("features.denseblock1.denselayer1.norm1", "features.norm5", "classifier")
+    classes = ("torchvision.models.densenet.DenseNet",)
     head = "classifier"
-
-    @classmethod
-    def fits(cls, model: nn.Module) -> bool:
-        # timm's has a pooling layer, and its norms have the activation inside
-        return super().fits(model) and "global_pool" not in model._modules
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.features(x), inplace=True)
@@ -78,10 +87,15 @@ class SimpleViT(Backbone):
     The head, a norm and a linear layer, sees every token; the mean over tokens comes last ("gapReorder").
     """
 
-    structure = ("to_patch_embedding.linear", "positional_embedding", "transformer", "linear_head.norm")
+    classes = ("bcos.models.vit.SimpleViT", "models.vit.SimpleViT")
     head = "linear_head.linear"
     convolves = False
     renumbered = False
+
+    @classmethod
+    def fits(cls, model: nn.Module) -> bool:
+        latent = model._modules.get("to_latent")
+        return super().fits(model) and (latent is None or known_class(latent, (_IDENTITY,)) is not None)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.to_patch_embedding(x)
@@ -92,8 +106,12 @@ class SimpleViT(Backbone):
 class ClipResNet(Backbone):
     """OpenAI's CLIP ResNet (arXiv 2103.00020): an image encoder with an attention pool and no classifier."""
 
-    structure = ("conv1", "conv2", "conv3", "relu3", "avgpool", "layer1", "layer4", "attnpool.c_proj")
+    classes = ("clip.model.ModifiedResNet", "models.clip.ClipResNet")
     head = None
+
+    @classmethod
+    def fits(cls, model: nn.Module) -> bool:
+        return super().fits(model) and "relu3" in model._modules  # an early release of CLIP had one ReLU for all
 
     def forward(self, x: Tensor) -> Tensor:
         x = norm_relu_conv(self.bn1, self.relu1, self.conv2, self.conv1(x))

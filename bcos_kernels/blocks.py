@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bcos_kernels.identity import class_name, known_class
 from bcos_kernels.modules.fused import FusedSequential, norm_relu, norm_relu_conv
 
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -30,7 +31,7 @@ class Block(nn.Module):
 
         def __getattr__(self, name: str) -> Any: ...
 
-    #: module and qualified name of the forward pass that is replaced
+    #: the class whose forward pass is replaced, by name
     replaces: ClassVar[str]
 
     def __init__(self, source: nn.Module) -> None:
@@ -45,7 +46,7 @@ class Block(nn.Module):
 class BasicBlock(Block):
     """torchvision's residual block of two convolutions (arXiv 1512.03385)."""
 
-    replaces = "torchvision.models.resnet.BasicBlock.forward"
+    replaces = "torchvision.models.resnet.BasicBlock"
 
     def forward(self, x: Tensor) -> Tensor:
         out = norm_relu_conv(self.bn1, self.relu, self.conv2, self.conv1(x))
@@ -55,7 +56,7 @@ class BasicBlock(Block):
 class Bottleneck(Block):
     """torchvision's residual block of three convolutions (arXiv 1512.03385)."""
 
-    replaces = "torchvision.models.resnet.Bottleneck.forward"
+    replaces = "torchvision.models.resnet.Bottleneck"
 
     def forward(self, x: Tensor) -> Tensor:
         out = norm_relu_conv(self.bn1, self.relu, self.conv2, self.conv1(x))
@@ -66,7 +67,7 @@ class Bottleneck(Block):
 class DenseLayer(Block):
     """torchvision's layer of a dense block (arXiv 1608.06993)."""
 
-    replaces = "torchvision.models.densenet._DenseLayer.forward"
+    replaces = "torchvision.models.densenet._DenseLayer"
 
     @classmethod
     def fits(cls, module: nn.Module) -> bool:
@@ -82,12 +83,13 @@ class DenseLayer(Block):
 _BLOCKS: dict[str, type[Block]] = {kind.replaces: kind for kind in (BasicBlock, Bottleneck, DenseLayer)}
 
 
+_SEQUENTIAL = class_name(nn.Sequential)
+
+
 def fused(module: nn.Module) -> nn.Module:
     """``module``, whose layers are converted; or, where its forward pass is known, what runs the same layers together."""
-    if "forward" in vars(module):
-        return module
-    forward = type(module).forward
-    if forward is nn.Sequential.forward:
+    name = known_class(module, {_SEQUENTIAL, *_BLOCKS})
+    if name == _SEQUENTIAL:
         return _take_over(FusedSequential(), module) if FusedSequential.fits(module) else module
-    kind = _BLOCKS.get(f"{forward.__module__}.{forward.__qualname__}")
+    kind = None if name is None else _BLOCKS[name]
     return module if kind is None or not kind.fits(module) else kind(module)

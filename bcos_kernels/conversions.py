@@ -1,7 +1,7 @@
 """Layer by layer: what each standard layer becomes in a B-cos network, and which layers nothing is known about.
 
-Layers are recognised by their class where it is torch's own, otherwise by structure or name, so that no other package has to
-be imported.
+Layers are recognised by the name of their class (:mod:`bcos_kernels.identity`), so that no other package has to be imported.
+A layer that has another forward pass than its class is not recognised.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from bcos_kernels.blocks import fused
+from bcos_kernels.identity import class_name, has_any_hook, known_class
 from bcos_kernels.modules import (
     ATTENTIONS,
     AttentionPool2d,
@@ -21,6 +23,7 @@ from bcos_kernels.modules import (
     BatchNormUncentered2d,
     BcosConv2d,
     BcosLinear,
+    DetachableActivation,
     DetachableAttention,
     DetachableGELU,
     DetachableGroupNorm2d,
@@ -29,6 +32,7 @@ from bcos_kernels.modules import (
     DetachableLayerNorm2d,
     DetachableSiLU,
     DetachableSqueezeExcitation,
+    FrozenBatchNormUncentered2d,
     FusedSequential,
 )
 
@@ -40,6 +44,8 @@ class Recipe:
     b: float | Tensor = 2.0
     biases: bool = False
     max_pooling: bool = False
+    #: what each module became, so that a module with two names stays one module
+    done: dict[nn.Module, nn.Module] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
     def bias(self, layer: nn.Module) -> nn.Parameter | None:
         """The layer's bias, if it has one and it is kept."""
@@ -75,9 +81,9 @@ def _linear(linear: nn.Linear, recipe: Recipe) -> nn.Module:
     return new
 
 
-def _batch_norm(norm: nn.BatchNorm2d, recipe: Recipe) -> nn.Module:
-    acts = "act" in norm._modules
-    kind = BatchNormActUncentered2d if acts else BatchNormUncentered2d
+def _batch_norm(
+    norm: nn.BatchNorm2d, recipe: Recipe, kind: type[BatchNormUncentered2d] = BatchNormUncentered2d
+) -> nn.Module:
     new = kind(
         norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats, bias=False, device="meta"
     )
@@ -86,20 +92,33 @@ def _batch_norm(norm: nn.BatchNorm2d, recipe: Recipe) -> nn.Module:
         setattr(new, buffer, getattr(norm, buffer))
     if recipe.biases:
         new.bias = nn.Parameter(_shift(norm), norm.bias is None or norm.bias.requires_grad)
-    if acts:
-        new.add_module("act", convert(norm.get_submodule("act"), recipe))
     return new
 
 
-def _shift(norm: nn.BatchNorm2d) -> Tensor:
+def _batch_norm_act(norm: nn.BatchNorm2d, recipe: Recipe) -> nn.Module:
+    new = _batch_norm(norm, recipe, BatchNormActUncentered2d)
+    new.add_module("act", convert(norm.get_submodule("act"), recipe))
+    return new
+
+
+def _frozen_batch_norm(norm: nn.Module, recipe: Recipe) -> nn.Module:
+    act = norm._modules.get("act")
+    act = None if act is None else convert(act, recipe)
+    new = FrozenBatchNormUncentered2d(len(norm.running_var), norm.eps, act=act, device="meta")  # type: ignore[arg-type]
+    for buffer in ("weight", "running_mean", "running_var"):
+        setattr(new, buffer, getattr(norm, buffer))
+    new.bias = _shift(norm) if recipe.biases else None
+    return new
+
+
+def _shift(norm: nn.Module) -> Tensor:
     """The bias that makes up for the mean that is no longer subtracted: ``bias - mean / std * weight``."""
-    assert norm.running_mean is not None  # refused beforehand
-    assert norm.running_var is not None
+    mean, var, weight, bias = (getattr(norm, name) for name in ("running_mean", "running_var", "weight", "bias"))
     with torch.no_grad():
-        shift = -norm.running_mean / (norm.running_var + norm.eps).sqrt()
-        if norm.weight is not None:
-            shift = shift * norm.weight
-        return shift if norm.bias is None else shift + norm.bias
+        shift = -mean / (var + norm.eps).sqrt()
+        if weight is not None:
+            shift = shift * weight
+        return shift if bias is None else shift + bias
 
 
 def _max_pool(pool: nn.MaxPool2d, recipe: Recipe) -> nn.Module:
@@ -108,12 +127,15 @@ def _max_pool(pool: nn.MaxPool2d, recipe: Recipe) -> nn.Module:
     return nn.AvgPool2d(pool.kernel_size, pool.stride, pool.padding, pool.ceil_mode)
 
 
-def _layer_norm(norm: nn.LayerNorm, recipe: Recipe) -> nn.Module:
-    kind = DetachableLayerNorm2d if type(norm).__name__ == "LayerNorm2d" else DetachableLayerNorm
+def _layer_norm(norm: nn.LayerNorm, recipe: Recipe, kind: type[DetachableLayerNorm] = DetachableLayerNorm) -> nn.Module:
     new = kind(norm.normalized_shape, norm.eps, norm.elementwise_affine, bias=False, device="meta")  # type: ignore[arg-type]
     new.weight = norm.weight
     new.bias = recipe.bias(norm)  # type: ignore[assignment]
     return new
+
+
+def _layer_norm2d(norm: nn.LayerNorm, recipe: Recipe) -> nn.Module:
+    return _layer_norm(norm, recipe, DetachableLayerNorm2d)
 
 
 def _group_norm(norm: nn.GroupNorm, recipe: Recipe) -> nn.Module:
@@ -128,59 +150,103 @@ def _attention(attention: nn.Module, recipe: Recipe) -> nn.Module:
     assert kind is not None
     keep = {"keep_positions": recipe.biases} if kind is AttentionPool2d else {}
     if kind is AttentionPool2d and isinstance(recipe.b, Tensor):
-        recipe = dataclasses.replace(recipe, b=2.0)  # B-cos in name only: there would be nothing to learn from
+        # B-cos in name only: there would be nothing to learn from
+        recipe = dataclasses.replace(recipe, b=2.0, done={})
     new = kind(attention, **keep)
-    for name, child in new.named_children():
-        if name not in new.plain:
-            setattr(new, name, convert(child, recipe))
+    for name, child in new._modules.items():
+        if name not in new.plain and child is not None:
+            new._modules[name] = convert(child, recipe)
     return new
+
+
+def _makes_weights_only(module: nn.Module, name: str) -> bool:
+    """Whether the child only makes attention weights, which are constants of an explanation."""
+    kind = _attention_kind(module)
+    return kind is not None and name in kind.weights_only
 
 
 def _attention_kind(module: nn.Module) -> type[DetachableAttention] | None:
     return next((kind for kind in ATTENTIONS if kind.fits(module)), None)
 
 
-#: torch's layers, and those of other packages that only share the name, by class name
-_LAYERS: dict[str, Callable[..., nn.Module]] = {
-    "Conv2d": _conv2d,
-    "Linear": _linear,
-    "NonDynamicallyQuantizableLinear": _linear,  # the output of nn.MultiheadAttention
-    "BatchNorm2d": _batch_norm,
-    "BatchNormAct2d": _batch_norm,
-    "MaxPool2d": _max_pool,
-    "LayerNorm": _layer_norm,
-    "LayerNorm2d": _layer_norm,
-    "GroupNorm": _group_norm,
-    "DetachableGNLayerNorm2d": _group_norm,  # B-cos v2's name for a group norm of one group
-    "GELU": lambda gelu, recipe: DetachableGELU(getattr(gelu, "approximate", "none")),
-    "GELUTanh": lambda gelu, recipe: DetachableGELU("tanh"),
-    "SiLU": lambda silu, recipe: DetachableSiLU(),
-    "Hardswish": lambda hardswish, recipe: DetachableHardswish(),
-}
+def _squeeze_excitation(layer: nn.Module, recipe: Recipe) -> nn.Module:
+    return DetachableSqueezeExcitation(layer)
 
-#: What a subclass or namesake must be for its entry to hold: it has the settings that the conversion reads.
-_BASES: dict[str, type[nn.Module]] = {
-    "Conv2d": nn.Conv2d,
-    "Linear": nn.Linear,
-    "NonDynamicallyQuantizableLinear": nn.Linear,
-    "BatchNorm2d": nn.BatchNorm2d,
-    "BatchNormAct2d": nn.BatchNorm2d,
-    "MaxPool2d": nn.MaxPool2d,
-    "LayerNorm": nn.LayerNorm,
-    "LayerNorm2d": nn.LayerNorm,
-    "GroupNorm": nn.GroupNorm,
-    "DetachableGNLayerNorm2d": nn.GroupNorm,
+
+def _activation(act: nn.Module, recipe: Recipe) -> nn.Module:
+    return DetachableActivation(act)
+
+
+def _gelu(gelu: nn.Module, recipe: Recipe) -> nn.Module:
+    return DetachableGELU(getattr(gelu, "approximate", "none"))
+
+
+def _torch(*names: str) -> list[str]:
+    return [class_name(getattr(nn, name)) for name in names]
+
+
+_TIMM_ACTIVATIONS = "timm.layers.activations"
+
+#: What makes the counterpart of ``(layer, recipe)``, by the class of the layer.
+_LAYERS: dict[str, Callable[..., nn.Module]] = {
+    **dict.fromkeys(_torch("Conv2d"), _conv2d),
+    **dict.fromkeys(_torch("Linear"), _linear),
+    **dict.fromkeys(_torch("BatchNorm2d"), _batch_norm),
+    **dict.fromkeys(_torch("MaxPool2d"), _max_pool),
+    **dict.fromkeys(_torch("LayerNorm"), _layer_norm),
+    **dict.fromkeys(_torch("GroupNorm"), _group_norm),
+    **dict.fromkeys(_torch("GELU"), _gelu),
+    **dict.fromkeys(_torch("SiLU"), lambda act, recipe: DetachableSiLU()),
+    **dict.fromkeys(_torch("Hardswish"), lambda act, recipe: DetachableHardswish()),
+    **dict.fromkeys(
+        _torch("ReLU6", "Hardtanh", "Mish", "Tanh", "ELU", "CELU", "SELU", "Softsign", "Softshrink", "Tanhshrink"),
+        _activation,
+    ),
+    "timm.layers.linear.Linear": _linear,
+    "bcos.modules.norms.centered_norms.DetachableGroupNorm2d": _group_norm,
+    "timm.layers.norm.GroupNorm": _group_norm,
+    "timm.layers.norm.GroupNorm1": _group_norm,
+    "timm.layers.norm.LayerNorm": _layer_norm,
+    "timm.layers.norm.LayerNorm2d": _layer_norm2d,
+    "torchvision.models.convnext.LayerNorm2d": _layer_norm2d,
+    "timm.layers.norm_act.BatchNormAct2d": _batch_norm_act,
+    "timm.layers.norm_act.FrozenBatchNormAct2d": _frozen_batch_norm,
+    "torchvision.ops.misc.FrozenBatchNorm2d": _frozen_batch_norm,
+    f"{_TIMM_ACTIVATIONS}.GELU": _gelu,
+    f"{_TIMM_ACTIVATIONS}.GELUTanh": lambda act, recipe: DetachableGELU("tanh"),
+    **{
+        f"{_TIMM_ACTIVATIONS}{name}": _activation
+        for kind in ("Swish", "Mish", "HardSwish", "HardMish")
+        for name in (f".{kind}", f"_me.{kind}Me")
+    },
+    f"{_TIMM_ACTIVATIONS}.Tanh": _activation,
+    f"{_TIMM_ACTIVATIONS}.QuickGELU": _activation,
 }
 
 #: Layers that stay: linear, or linear wherever they have a gradient, or doing nothing outside of training.
 # fmt: off
 _STAY = frozenset((
-    "Identity", "ReLU", "LeakyReLU", "PReLU", "Dropout", "Dropout2d", "AvgPool2d", "AdaptiveAvgPool2d", "Flatten",
-    "Unflatten", "ZeroPad2d", "ConstantPad2d", "ReflectionPad2d", "ReplicationPad2d", "Upsample", "PixelShuffle",
-    "PixelUnshuffle", "ChannelShuffle", "StochasticDepth", "DropPath", "Permute", "Rearrange",
-    "FastAdaptiveAvgPool",
+    *_torch(
+        "Identity", "ReLU", "LeakyReLU", "PReLU", "Hardshrink", "Dropout", "Dropout1d", "Dropout2d", "AvgPool2d",
+        "AdaptiveAvgPool2d", "Flatten", "Unflatten", "ZeroPad2d", "ConstantPad2d", "ReflectionPad2d",
+        "ReplicationPad2d", "CircularPad2d", "Upsample", "UpsamplingNearest2d", "UpsamplingBilinear2d", "PixelShuffle",
+        "PixelUnshuffle", "ChannelShuffle",
+    ),
+    "torchvision.ops.stochastic_depth.StochasticDepth", "torchvision.ops.misc.Permute", "timm.layers.drop.DropPath",
+    "timm.layers.activations.PReLU", "timm.layers.adaptive_avgmax_pool.FastAdaptiveAvgPool",
+    "einops.layers.torch.Rearrange",
 ))
 # fmt: on
+
+#: Layers whose forward pass would do without their bias; any other module with a bias is named by :mod:`structure`.
+_BIASED = frozenset(
+    (*_torch("Conv2d", "Linear", "LayerNorm", "GroupNorm"), "timm.layers.linear.Linear", "timm.layers.norm.LayerNorm")
+)
+
+
+def is_linear_layer(module: nn.Module) -> bool:
+    """Whether the module computes what ``nn.Linear`` computes."""
+    return (name := known_class(module, _LAYERS)) is not None and _LAYERS[name] is _linear
 
 
 def converter(module: nn.Module) -> Callable[..., nn.Module] | None:
@@ -188,79 +254,131 @@ def converter(module: nn.Module) -> Callable[..., nn.Module] | None:
     if _attention_kind(module) is not None:
         return _attention
     if DetachableSqueezeExcitation.fits(module):
-        return lambda module, recipe: DetachableSqueezeExcitation(module)
-    name = type(module).__name__
-    return _LAYERS.get(name) if isinstance(module, _BASES.get(name, nn.Module)) else None
+        return _squeeze_excitation
+    name = known_class(module, _LAYERS)
+    return None if name is None else _LAYERS[name]
 
 
 def stays(module: nn.Module) -> bool:
     """Whether the layer belongs into a B-cos network as it is."""
-    return type(module).__name__ in _STAY
+    return known_class(module, _STAY) is not None
 
 
-def refusal(module: nn.Module, recipe: Recipe) -> str | None:
-    """Why a layer that has a converter cannot be converted all the same; None if it can."""
-    if isinstance(module, nn.MaxPool2d) and not recipe.max_pooling and module.dilation not in (1, (1, 1)):
-        return f"dilation {module.dilation}, which average pooling has not"
-    if isinstance(module, nn.BatchNorm2d):
-        if module.running_mean is None and recipe.biases:
-            return "no running statistics to make its bias from"
-        drop = module._modules.get("drop")
-        if drop is not None and type(drop) is not nn.Identity:
-            return f"a {type(drop).__name__} inside"
+def unknown_layers(model: nn.Module, recipe: Recipe) -> Iterator[str]:
+    """``path: class`` of every layer that cannot be converted, and what it is about it; none twice."""
+    for path, module in model.named_modules():
+        if (why := _peculiarity(module, root=module is model)) is not None:
+            yield f"{_named(path, module)} {why}"
+    yield from _unknown_layers(model, recipe, "", set())
+
+
+def _named(path: str, module: nn.Module) -> str:
+    return f"{path or 'model'}: {type(module).__name__}"
+
+
+def _unknown_layers(model: nn.Module, recipe: Recipe, path: str, seen: set[nn.Module]) -> Iterator[str]:
+    for name, child in model.named_children():
+        where = f"{path}.{name}" if path else name
+        if child in seen:
+            continue
+        seen.add(child)
+        make, inner = converter(child), next(child.children(), None) is not None
+        known = make is not None or stays(child)
+        if known and has_any_hook(child):
+            yield (
+                f"{_named(where, child)} with a hook, which may change what it computes (remove it before the conversion, "
+                "and register it on the converted network; prune.remove and remove_weight_norm remove those of torch)"
+            )
+        if known and (why := _refusal(child, recipe)) is not None:
+            yield f"{_named(where, child)} with {why}"
+        if inner and make is not _squeeze_excitation:
+            yield from _unknown_layers(child, recipe, where, seen)
+        elif not known and _is_layer(child) and not _makes_weights_only(model, name):
+            yield _named(where, child)
+
+
+def _peculiarity(module: nn.Module, root: bool) -> str | None:
+    """What makes any module something that cannot be read: torch.fx follows no forward pass on the instance of the root, and
+    a function that is not bound to its module goes on using the modules that it was made with.
+    """
+    if isinstance(module, torch.jit.ScriptModule):
+        return "in TorchScript (pass the nn.Module that it was made from)"
+    if parametrize.is_parametrized(module):
+        return "with parametrised weights (torch.nn.utils.parametrize.remove_parametrizations makes them plain)"
+    forward = vars(module).get("forward")
+    if forward is not None and (root or getattr(forward, "__self__", None) is not module):
+        return "with a forward pass of its own that was put on the instance (make it a method of a subclass)"
     return None
 
 
-def unknown_layers(model: nn.Module, recipe: Recipe, path: str = "") -> Iterator[str]:
-    """``path: class`` of every layer that would be left neither converted nor known to be harmless."""
-    for name, child in model.named_children():
-        where = f"{path}.{name}" if path else name
-        if converter(child) is not None:
-            reason = refusal(child, recipe)
-            if reason is not None:
-                yield f"{where}: {type(child).__name__} with {reason}"
-        elif next(child.children(), None) is not None:
-            yield from unknown_layers(child, recipe, where)
-        elif _is_layer(child) and not stays(child):
-            yield f"{where}: {type(child).__name__}"
+def _refusal(module: nn.Module, recipe: Recipe) -> str | None:
+    """Why a layer of a known class cannot be converted, or cannot stay, all the same; None if it can."""
+    if isinstance(module, nn.MaxPool2d):
+        if not recipe.max_pooling and module.dilation not in (1, (1, 1)):
+            return f"dilation {module.dilation}, which average pooling has not"
+        if module.return_indices:
+            return "return_indices=True, which average pooling has not"
+    if isinstance(module, nn.BatchNorm2d) and module.running_mean is None and recipe.biases:
+        return "no running statistics to make its bias from"
+    if isinstance(module, (nn.Conv2d, nn.Linear)) and not isinstance(module._parameters.get("weight"), nn.Parameter):
+        return "a weight that is no nn.Parameter"
+    drop = module._modules.get("drop")
+    if drop is not None and known_class(drop, _STAY) != "torch.nn.modules.linear.Identity":
+        return f"a {type(drop).__name__} inside"
+    value = getattr(module, "value", 0) if isinstance(module, nn.modules.padding._ConstantPadNd) else 0
+    if value != 0:
+        return f"value={value!r}, a constant that it adds to the image's contributions"
+    if converter(module) is _activation and DetachableActivation.at_zero(module) != 0:
+        return "another value than 0 at 0"
+    return None
 
 
 def _is_layer(module: nn.Module) -> bool:
     """One of torch's layers or a variety of one; not an empty container, and not another package's own layer."""
     if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
         return False
-    return type(module).__module__.startswith("torch.") or isinstance(module, tuple(set(_BASES.values())))
+    return any(class_name(kind).startswith("torch.") for kind in type(module).__mro__ if kind is not nn.Module)
 
 
 def convert(module: nn.Module, recipe: Recipe) -> nn.Module:
     """The counterpart of ``module``; where there is none, ``module`` itself with its children converted.
 
-    Parameters and buffers are shared, not copied.
+    Parameters and buffers are shared, not copied. A module that is found twice is converted once.
     """
-    make = converter(module)
-    if make is None:
-        for name, child in module.named_children():
-            setattr(module, name, convert(child, recipe))
-        return fused(module)
-    return make(module, recipe)
+    if module not in recipe.done:
+        make = converter(module)
+        if make is None:
+            for name, child in module._modules.items():
+                if child is not None:
+                    module._modules[name] = convert(child, recipe)
+            recipe.done[module] = fused(module)
+        else:
+            recipe.done[module] = make(module, recipe)
+    return recipe.done[module]
 
 
-def renumber(module: nn.Module) -> None:
+def renumber(module: nn.Module, done: dict[nn.Module, nn.Module] | None = None) -> None:
     """Names the children of every ``nn.Sequential`` 0, 1, .., as the public code's conversion of CNNs does."""
-    for name, child in module.named_children():
-        renumber(child)
-        if isinstance(child, nn.Sequential):
-            kind = FusedSequential if isinstance(child, FusedSequential) else nn.Sequential
-            setattr(module, name, kind(*child.children()).train(child.training))
+    done = {} if done is None else done
+    for name, child in module._modules.items():
+        if child is not None and child not in done:
+            renumber(child, done)
+            done[child] = child
+            if isinstance(child, nn.Sequential):
+                kind = FusedSequential if isinstance(child, FusedSequential) else nn.Sequential
+                done[child] = kind(*child._modules.values()).train(child.training)  # type: ignore[arg-type]
+        if child is not None:
+            module._modules[name] = done[child]
 
 
 def remove_biases(module: nn.Module) -> None:
-    """Every bias, but for those that only make a gate."""
+    """Every bias of a layer that does without, but for those that only make a gate."""
     if isinstance(module, DetachableSqueezeExcitation):
         return
-    for name in ("bias", "in_proj_bias"):
-        if module._parameters.get(name) is not None:
-            module.register_parameter(name, None)
+    if isinstance(module, DetachableAttention) or known_class(module, _BIASED) is not None:
+        for name in ("bias", "in_proj_bias"):
+            if module._parameters.get(name) is not None:
+                module.register_parameter(name, None)
     for child in module.children():
         remove_biases(child)
 

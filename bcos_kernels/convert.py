@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from bcos_kernels.backbones import BACKBONES, Backbone
+from bcos_kernels.backbones import BACKBONES, Backbone, SimpleViT
 from bcos_kernels.conversions import Recipe, convert, not_in_place, remove_biases, renumber, unknown_layers
 from bcos_kernels.functional import check_exponent
+from bcos_kernels.identity import class_name, known_class
 from bcos_kernels.modules import BcosConv2d, BcosLinear, BcosMapClassifier, LogitLayer, Normalize
 from bcos_kernels.structure import analyse
 
-_RGB_STATISTICS = {
+_Statistics = tuple[tuple[float, ...], tuple[float, ...]]
+
+_RGB_STATISTICS: dict[str, _Statistics] = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
 }
@@ -33,17 +36,36 @@ Lossy = Literal["biases", "max_pooling", "head_order"]
 _NAMED = 20
 
 
+#: Modules that normalise an image by ``mean`` and ``std``.
+_NORMALISATIONS = ("torchvision.transforms.transforms.Normalize", "torchvision.transforms.v2._misc.Normalize")
+
+#: Modules that only call another one, and the name of that one.
+_WRAPPERS = {
+    class_name(nn.DataParallel): "module",
+    "torch.nn.parallel.distributed.DistributedDataParallel": "module",
+    "torch.optim.swa_utils.AveragedModel": "module",
+    "torch._dynamo.eval_frame.OptimizedModule": "_orig_mod",
+}
+
+
 class BcosNetwork(nn.Module):
     """Normalisation, the converted network (``model``) and the logit layer. Only ``model`` has state.
 
     Input ``[N, 6, H, W]``: (r, g, b, 1-r, 1-g, 1-b) in [0, 1]. Output: logits ``[N, classes]``.
+
+    ``constants`` names what the network adds to the contributions of the image, besides the logit layer's bias and the means
+    of its normalisation: positions and class tokens, and with ``keep=["biases"]`` other constants (not the biases of layers).
+    Where it is empty, and no bias was kept, the contributions make up the whole logit.
     """
 
-    def __init__(self, model: nn.Module, normalize: nn.Module, logit_layer: nn.Module) -> None:
+    def __init__(
+        self, model: nn.Module, normalize: nn.Module, logit_layer: nn.Module, constants: tuple[str, ...] = ()
+    ) -> None:
         super().__init__()
         self.normalize = normalize
         self.model = model
         self.logit_layer = logit_layer
+        self.constants = constants
 
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.logit_layer(self.model(self.normalize(x)))
@@ -69,10 +91,12 @@ def bcosify(
     Args:
         model: one of these, with any number of classes; or one made of the same layers:
             torchvision's ResNet, DenseNet, VGG, ConvNeXt, EfficientNet, RegNet, ViT; timm's ResNet, DenseNet, ConvNeXt,
-            EfficientNet, ViT, DeiT; the simple ViTs of B-cos v2; OpenAI's CLIP ResNet (``normalize="clip"``).
+            EfficientNet, ViT, DeiT; the simple ViTs of B-cos v2; OpenAI's CLIP ResNet (``normalize="clip"``). DataParallel,
+            DistributedDataParallel, AveragedModel and ``torch.compile`` around it are left out.
         num_classes: None keeps the classifier. Another number than the classifier has replaces it by a new, random one.
         b: exponent of every layer, a number >= 1. A tensor gives every layer a learnable exponent that starts there.
-        normalize: with whose mean and standard deviation the network normalises its own input; None: not at all.
+        normalize: with whose mean and standard deviation the network normalises its own input; None: not at all. An
+            ``nn.Sequential`` that begins with torchvision's ``Normalize`` has its own, which is used instead.
         logit_bias: added to the logits; "auto" is -log(classes - 1), and nothing for a network without classifier; None
             nothing.
         keep: steps to leave out. "biases": they stay, and the batch norms' take over what their means were for (exact in
@@ -84,11 +108,13 @@ def bcosify(
 
     Raises:
         TypeError: ``model`` is no module.
-        ValueError: ``model`` has layers or a forward pass that cannot be converted exactly: all of them are named; it is
-            already a B-cos network; other values that do not fit.
+        ValueError: ``model`` has layers or a forward pass that cannot be converted exactly (all of them are named), or is a
+            B-cos network already; other values do not fit.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
+    while (inner := _WRAPPERS.get(class_name(type(model)))) is not None:
+        model = getattr(model, inner)
     for name, module in model.named_modules():
         if isinstance(module, (BcosConv2d, BcosLinear, BcosNetwork)):
             raise ValueError(f"model is a B-cos network already: {name or 'model'} is a {type(module).__name__}")
@@ -100,8 +126,9 @@ def bcosify(
     if isinstance(keep, str) or strange:
         raise ValueError(f"keep must be a collection of names out of {', '.join(get_args(Lossy))}; got {keep!r}")
     recipe = Recipe(check_exponent(b), biases="biases" in keep, max_pooling="max_pooling" in keep)
-    plan = _plan(model, recipe, reorder="head_order" not in keep)
+    model, statistics = _without_normalisation(model)
     first = _first_layer(model)
+    plan = _plan(model, recipe, first, reorder="head_order" not in keep)
     if num_classes is not None and plan.head is None:
         raise ValueError(
             f"num_classes={num_classes}: a {type(model).__name__} has no classifier that could be replaced"
@@ -112,15 +139,17 @@ def bcosify(
     like = next(model.parameters())
     network = copy.deepcopy(model)
     classes = None if plan.head is None else _resize(network, plan.head, num_classes)
-    _double_channels(network.get_submodule(first))
+    _double_channels(network, first)
     network = plan.rebuild(network, recipe)
     if not recipe.biases:
         remove_biases(network)
 
     if logit_bias == "auto":
         logit_bias = -math.log(classes - 1) if classes is not None and classes > 1 else None
+    if statistics is None and normalize is not None:
+        statistics = _RGB_STATISTICS[normalize]
     return (
-        BcosNetwork(network, _normalization(normalize), LogitLayer(None, logit_bias))
+        BcosNetwork(network, _normalization(statistics), LogitLayer(None, logit_bias), plan.constants)
         .to(device=like.device, dtype=like.dtype)
         .train(model.training)
     )
@@ -130,13 +159,14 @@ def bcosify(
 class _Plan:
     """What is known about a network before anything is done to it.
 
-    ``backbone``: its structure, where that replaces the forward pass. ``head``: path of the classifier. ``pool``: path of
-    the pooling that the classifier moves before.
+    ``backbone``: what replaces its forward pass, or None. ``head``: path of the classifier. ``pool``: path of the pooling
+    that the classifier moves before. ``constants``: see :class:`BcosNetwork`.
     """
 
     backbone: type[Backbone] | None
     head: str | None
     pool: str | None
+    constants: tuple[str, ...]
     renumbered: bool = False
 
     def rebuild(self, network: nn.Module, recipe: Recipe) -> nn.Module:
@@ -144,20 +174,20 @@ class _Plan:
         if self.backbone is not None:
             network = self.backbone(network)
             if self.backbone.convolves and self.head is not None:
-                _set(network, self.head, _pointwise_convolution(network.get_submodule(self.head), recipe))
+                _replace(network, self.head, _pointwise_convolution(network.get_submodule(self.head), recipe))
         else:
             not_in_place(network)
         linear = None if self.head is None else network.get_submodule(self.head)
         network = convert(network, recipe)
         if linear is not None and self.head is not None and self.pool is not None:
-            _set(network, self.pool, nn.Identity())
-            _set(network, self.head, _map_classifier(linear, recipe))
+            _replace(network, self.pool, nn.Identity())
+            _replace(network, self.head, _map_classifier(linear, recipe))
         if self.renumbered:
             renumber(network)
         return network
 
 
-def _plan(model: nn.Module, recipe: Recipe, reorder: bool) -> _Plan:
+def _plan(model: nn.Module, recipe: Recipe, first: str, reorder: bool) -> _Plan:
     """Everything that could be wrong with the network is found here.
 
     Raises:
@@ -165,11 +195,22 @@ def _plan(model: nn.Module, recipe: Recipe, reorder: bool) -> _Plan:
     """
     _refuse(model, list(unknown_layers(model, recipe)))
     kind = next((k for k in BACKBONES if k.fits(model)), None)
+    # a backbone's forward pass, which is known, on blocks that need not be
+    structure = analyse(model if kind is None else kind(model), first, recipe, patches=kind is SimpleViT)
+    head = structure.head if kind is None else kind.head
+    replaced = [first] if head is None else [first, head]
+    _refuse(model, [*structure.problems, *(other for path in replaced for other in _shared_weights(model, path))])
     if kind is not None:
-        return _Plan(kind if reorder else None, kind.head, None, kind.renumbered)
-    structure = analyse(model)
-    _refuse(model, list(structure.problems))
-    return _Plan(None, structure.head, structure.pool if reorder else None)
+        return _Plan(kind if reorder else None, head, None, structure.constants, kind.renumbered)
+    return _Plan(None, head, structure.pool if reorder else None, structure.constants)
+
+
+def _shared_weights(model: nn.Module, path: str) -> Iterator[str]:
+    """Who else uses the weights of the layer, which gets new ones."""
+    layer = model.get_submodule(path)
+    for name, module in model.named_modules():
+        if module is not layer and any(p is layer.weight for p in module._parameters.values()):
+            yield f"{path}: {type(layer).__name__}, which shares its weight with {name}"
 
 
 def _refuse(model: nn.Module, problems: list[str]) -> None:
@@ -180,10 +221,25 @@ def _refuse(model: nn.Module, problems: list[str]) -> None:
         )
 
 
-def _normalization(name: str | None) -> nn.Module:
-    if name is None:
+def _without_normalisation(model: nn.Module) -> tuple[nn.Module, _Statistics | None]:
+    """A network without the normalisation that it begins with, and the mean and standard deviation of that, if any."""
+    first = next(iter(model._modules.values()), None)
+    if known_class(model, (class_name(nn.Sequential),)) is None or first is None:
+        return model, None
+    if known_class(first, _NORMALISATIONS) is None:
+        return model, None
+    mean, std = (tuple(float(v) for v in getattr(first, name)) for name in ("mean", "std"))
+    if len(mean) != 3 or len(std) != 3:
+        raise ValueError(f"model begins with a {type(first).__name__} of {len(mean)} channels; it must have three")
+    network = copy.copy(model)
+    network._modules = {**model._modules, next(iter(model._modules)): nn.Identity().train(model.training)}
+    return network, (mean, std)
+
+
+def _normalization(statistics: _Statistics | None) -> nn.Module:
+    if statistics is None:
         return nn.Identity()
-    mean, std = _RGB_STATISTICS[name]
+    mean, std = statistics
     return Normalize((*mean, *(1 - m for m in mean)), std * 2)
 
 
@@ -198,11 +254,12 @@ def _first_layer(model: nn.Module) -> str:
     return found[0]
 
 
-def _double_channels(layer: nn.Module) -> None:
+def _double_channels(network: nn.Module, first: str) -> None:
     """Six channels for three: ``(w, -w) / 2`` gives the same function of (x, 1 - x), normalised, as ``w`` of x.
 
     In the linear layer on patches the channels of each pixel are neighbours, so each group of three is doubled.
     """
+    layer = network.get_submodule(first)
     with torch.no_grad():
         if isinstance(layer, nn.Conv2d):
             layer.in_channels = 6
@@ -222,13 +279,17 @@ def _resize(network: nn.Module, head: str, num_classes: int | None) -> int:
     if num_classes is None or num_classes == old.out_features:
         return old.out_features
     like = old.weight
-    _set(network, head, nn.Linear(old.in_features, num_classes, old.bias is not None, like.device, like.dtype))
+    _replace(network, head, nn.Linear(old.in_features, num_classes, old.bias is not None, like.device, like.dtype))
     return num_classes
 
 
-def _set(network: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    setattr(network.get_submodule(parent), name, module)
+def _replace(network: nn.Module, path: str, new: nn.Module) -> None:
+    """Puts ``new`` in the place of the module at ``path``, under each of its names."""
+    old = network.get_submodule(path)
+    for parent in list(network.modules()):
+        for name, child in parent._modules.items():
+            if child is old:
+                parent._modules[name] = new
 
 
 def _pointwise_convolution(linear: nn.Module, recipe: Recipe) -> nn.Conv2d:

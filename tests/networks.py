@@ -115,12 +115,17 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 def make(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
     """The network in evaluation mode; no parameter or statistic of it is zero, so that nothing hides."""
     torch.manual_seed(0)
-    model = NETWORKS[name]().to(dtype).eval()
+    return filled(NETWORKS[name]().to(dtype))
+
+
+def filled(model: nn.Module) -> nn.Module:
+    """The model in evaluation mode, with random parameters and statistics none of which is zero."""
+    rng = torch.Generator().manual_seed(0)
     for key, tensor in model.state_dict().items():
         if key.endswith("running_var"):
-            tensor.uniform_(0.5, 1.5)
+            tensor.uniform_(0.5, 1.5, generator=rng)
         elif tensor.is_floating_point() and tensor.dim() < 2:
-            tensor.add_(torch.randn_like(tensor), alpha=0.1)
+            tensor.add_(torch.randn(tensor.shape, generator=rng, dtype=tensor.dtype), alpha=0.1)
         elif tensor.is_floating_point():
-            tensor.normal_(std=tensor[0].numel() ** -0.5)
-    return model
+            tensor.normal_(std=tensor[0].numel() ** -0.5, generator=rng)
+    return model.eval()

@@ -156,9 +156,9 @@ class Gated(nn.Module):
         return self.fc((x * torch.tanh(x)).mean((2, 3)))
 
 
-def _with_elu() -> nn.Module:
+def _with_sigmoid() -> nn.Module:
     model = torchvision.models.resnet18()
-    model.layer2[0].relu = nn.ELU()
+    model.layer2[0].relu = nn.Sigmoid()
     return model
 
 
@@ -166,16 +166,19 @@ def _with_elu() -> nn.Module:
     ("build", "sentence"),
     [
         (Gated, r"forward of Gated: tanh\(\); forward of Gated: mul\(\)"),
-        (_with_elu, "cannot convert a ResNet exactly.*layer2.0.relu: ELU"),
+        (_with_sigmoid, "cannot convert a ResNet exactly.*layer2.0.relu: Sigmoid"),
         (
             lambda: torchvision.models.swin_t(),
             r"features.1.0.attn: ShiftedWindowAttention, in its forward: shifted_window",
         ),
         (lambda: timm.create_model("tf_efficientnet_b0"), "conv_stem: Conv2dSame; blocks.1.0.conv_dw: Conv2dSame"),
         (lambda: timm.create_model("convnextv2_atto"), "stages.0.blocks.0.mlp.grn: GlobalResponseNorm"),
-        (lambda: torchvision.models.mobilenet_v2(), r"features.0.2: ReLU6; .*and \d+ more"),
+        (
+            lambda: torchvision.models.resnet34(norm_layer=lambda n: nn.InstanceNorm2d(n)),
+            r"bn1: InstanceNorm2d; .*and \d+ more",
+        ),
     ],
-    ids=["function", "layer", "attention", "padding", "norm", "activation"],
+    ids=["function", "layer", "attention", "padding", "norm", "many"],
 )
 def test_what_cannot_be_converted_is_named(build: Callable[[], nn.Module], sentence: str) -> None:
     model = build()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import types
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -137,7 +138,7 @@ def test_another_forward_pass_is_left_alone() -> None:
         assert type(model.model.layer1[0]) is expected
     standard = resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], num_classes=CLASSES)
     block = standard.layer2[0]
-    block.forward = lambda x: x  # put onto the module itself
+    block.forward = types.MethodType(lambda self, x: x, block)  # put onto the module itself
     model = bk.bcosify(standard)
     assert type(model.model.layer1[0]) is BasicBlock
     assert type(model.model.layer2[0]) is resnet.BasicBlock

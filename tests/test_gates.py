@@ -54,5 +54,5 @@ def test_squeeze_and_excitation() -> None:
 def test_sentences() -> None:
     with pytest.raises(ValueError, match='approximate must be "none" or "tanh"; got \'erf\''):
         modules.DetachableGELU("erf")
-    with pytest.raises(ValueError, match="a Linear is no squeeze-and-excitation layer of a known structure"):
+    with pytest.raises(ValueError, match="a Linear is no squeeze-and-excitation layer that is known"):
         modules.DetachableSqueezeExcitation(nn.Linear(2, 2))

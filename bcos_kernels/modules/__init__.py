@@ -1,9 +1,10 @@
 """The layers: ``nn.Module`` classes that hold parameters and settings; what they compute is in ``functional``."""
 
-from bcos_kernels.modules.activation import DetachableGELU, DetachableHardswish, DetachableSiLU
+from bcos_kernels.modules.activation import DetachableActivation, DetachableGELU, DetachableHardswish, DetachableSiLU
 from bcos_kernels.modules.attention import ATTENTIONS, AttentionPool2d, DetachableAttention
 from bcos_kernels.modules.bcos import BcosConv2d, BcosLinear, BcosMapClassifier
 from bcos_kernels.modules.detachable import DetachableModule
+from bcos_kernels.modules.frozen_norm import FrozenBatchNormUncentered2d
 from bcos_kernels.modules.fused import FusedSequential, norm_relu, norm_relu_conv
 from bcos_kernels.modules.gate import DetachableSqueezeExcitation
 from bcos_kernels.modules.logit import LogitLayer
@@ -27,6 +28,7 @@ __all__ = [
     "BcosLinear",
     "BcosMapClassifier",
     "CosineLogits",
+    "DetachableActivation",
     "DetachableAttention",
     "DetachableGELU",
     "DetachableGroupNorm2d",
@@ -36,6 +38,7 @@ __all__ = [
     "DetachableModule",
     "DetachableSiLU",
     "DetachableSqueezeExcitation",
+    "FrozenBatchNormUncentered2d",
     "FusedSequential",
     "LogitLayer",
     "Normalize",

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from bcos_kernels import reference
 from bcos_kernels.modules.detachable import DetachableModule
@@ -46,3 +49,44 @@ class DetachableHardswish(DetachableModule):
 
     def forward(self, input: Tensor) -> Tensor:
         return reference.hardswish(input, detach_gate=True) if self.detach else F.hardswish(input)
+
+
+class DetachableActivation(DetachableModule):
+    """Any activation ``f`` with ``f(0) = 0``, as ``x * gate`` with ``gate = f(x) / x``.
+
+    In explanation mode the gate is a constant. Where ``x`` is 0, it is the derivative that PyTorch gives ``f`` there.
+
+    Args:
+        act: a module that maps every element by itself and has no parameters, such as ``nn.ReLU6()`` or ``nn.ELU()``. It is
+            copied, and does not work in place.
+
+    Shapes: any, to the same.
+
+    Raises:
+        ValueError: ``act`` is another number than 0 at 0, as a sigmoid is: that share of its output has no gate.
+    """
+
+    def __init__(self, act: nn.Module) -> None:
+        super().__init__()
+        if (value := self.at_zero(act)) != 0:
+            raise ValueError(f"act must be 0 at 0; a {type(act).__name__} is {value:g}")
+        self.act = copy.deepcopy(act)
+        if getattr(act, "inplace", False):
+            self.act.inplace = False  # type: ignore[assignment]
+        zero = torch.zeros(1, dtype=torch.float64, device="cpu", requires_grad=True)
+        with torch.inference_mode(False), torch.enable_grad():
+            self.slope_at_zero = float(torch.autograd.grad(self.act(zero), zero)[0])
+
+    @staticmethod
+    def at_zero(act: nn.Module) -> float:
+        """``act(0)``."""
+        with torch.no_grad():
+            return float(act(torch.zeros(1, dtype=torch.float64, device="cpu")))
+
+    def forward(self, input: Tensor) -> Tensor:
+        y: Tensor = self.act(input)
+        if not self.detach:
+            return y
+        zero = input == 0
+        gate = torch.where(zero, self.slope_at_zero, y / torch.where(zero, 1, input))
+        return reference.scaled(input, gate, detach=True)

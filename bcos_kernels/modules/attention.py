@@ -9,14 +9,18 @@ stays what it was. Which layers become B-cos layers is the conversion's business
 
 from __future__ import annotations
 
+import operator
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from bcos_kernels import reference
+from bcos_kernels.identity import known_class
 from bcos_kernels.modules.detachable import DetachableModule
+
+_SOFTMAX = "torch.nn.modules.activation.Softmax"
 
 
 class DetachableAttention(DetachableModule):
@@ -26,22 +30,41 @@ class DetachableAttention(DetachableModule):
 
         def __getattr__(self, name: str) -> Any: ...
 
-    #: children by which the structure is recognised
+    #: the classes that compute this, by name
+    classes: ClassVar[tuple[str, ...]]
+    #: children that they have at least
     structure: ClassVar[tuple[str, ...]]
     #: children that stay as they are in a conversion: they make queries and keys, or all of query, key and value
     plain: ClassVar[tuple[str, ...]]
+    #: children that only make attention weights: they may be anything
+    weights_only: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, source: nn.Module) -> None:
         super().__init__()
-        for name, child in source.named_children():
+        for name, child in source._modules.items():
             self.add_module(name, child)
         self.detach = bool(getattr(source, "detach", False))
         self.train(source.training)
 
     @classmethod
     def fits(cls, module: nn.Module) -> bool:
-        children = dict(module.named_children())
-        return all(name in children for name in cls.structure)
+        """Whether the module computes what this class computes."""
+        return known_class(module, cls.classes) is not None and cls.resembles(module)
+
+    @classmethod
+    def resembles(cls, module: nn.Module) -> bool:
+        """Whether the module has what this class needs; what it computes has to be found out otherwise."""
+        return all(name in module._modules for name in cls.structure)
+
+    @classmethod
+    def why_not_called(cls, node: fx.Node) -> str | None:
+        """What is wrong with a call of the module in a graph of ``torch.fx``: arguments that this class refuses, or None."""
+        given = [*node.args[1:], *node.kwargs.values()]
+        return (
+            "a mask or other arguments besides its input"
+            if any(g is not None and g is not False for g in given)
+            else None
+        )
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, *, dropout: float = 0.0, scale: float | None = None) -> Tensor:
         """``[N, heads, T, d]``, ``[N, heads, S, d]`` twice, to ``[N, T, heads * d]``."""
@@ -59,16 +82,20 @@ class SimpleViTAttention(DetachableAttention):
     Shapes: ``[N, T, D]`` to the same. ``source`` also has ``heads``.
     """
 
+    classes = ("bcos.models.vit.Attention", "models.vit.Attention")
     structure = ("norm", "to_qkv", "to_out")
     plain = ("to_qkv",)
+    weights_only = ("attend",)
 
     def __init__(self, source: nn.Module) -> None:
         super().__init__(source)
         self.heads: int = source.heads  # type: ignore[assignment]
 
     @classmethod
-    def fits(cls, module: nn.Module) -> bool:
-        return super().fits(module) and hasattr(module, "heads")
+    def resembles(cls, module: nn.Module) -> bool:
+        attend = module._modules.get("attend")
+        known = attend is None or (known_class(attend, (_SOFTMAX,)) is not None and getattr(attend, "dim", None) == -1)
+        return super().resembles(module) and hasattr(module, "heads") and known
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = _split_heads(self.to_qkv(self.norm(x)), 3, self.heads)
@@ -87,6 +114,7 @@ class AttentionPool2d(DetachableAttention):
 
     unpool: bool = False
 
+    classes = ("clip.model.AttentionPool2d", "open_clip.modified_resnet.AttentionPool2d", "models.clip.AttentionPool")
     structure = ("q_proj", "k_proj", "v_proj", "c_proj")
     plain = ("q_proj", "k_proj", "v_proj")
 
@@ -97,8 +125,8 @@ class AttentionPool2d(DetachableAttention):
         self.register_parameter("positional_embedding", positions if keep_positions else None)
 
     @classmethod
-    def fits(cls, module: nn.Module) -> bool:
-        return super().fits(module) and hasattr(module, "num_heads")
+    def resembles(cls, module: nn.Module) -> bool:
+        return super().resembles(module) and hasattr(module, "num_heads")
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.flatten(2).mT
@@ -115,26 +143,27 @@ class AttentionPool2d(DetachableAttention):
 class FusedAttention(DetachableAttention):
     """timm's attention: ``qkv``, optional norms of query and key and of the result, ``proj``.
 
-    Shapes: ``[N, T, D]`` to the same. ``source`` also has ``num_heads``, and may have ``scale``.
+    Shapes: ``[N, T, D]`` to the same. ``source`` also has ``num_heads``, and may have ``scale``, which timm uses only where
+    it does not call PyTorch's attention (``fused_attn``).
     """
 
+    classes = ("timm.layers.attention.Attention", "timm.models.vision_transformer.Attention")
     structure = ("qkv", "proj")
     plain = ("qkv", "q_norm", "k_norm")
+    weights_only = ("q_norm", "k_norm")
     #: a further child would do something that is not known here
     optional: ClassVar[frozenset[str]] = frozenset({"q_norm", "k_norm", "attn_drop", "norm", "proj_drop"})
 
     def __init__(self, source: nn.Module) -> None:
         super().__init__(source)
         self.num_heads: int = source.num_heads  # type: ignore[assignment]
-        self.scale: float | None = getattr(source, "scale", None)
+        self.scale: float | None = None if getattr(source, "fused_attn", False) else getattr(source, "scale", None)
 
     @classmethod
-    def fits(cls, module: nn.Module) -> bool:
-        children = {name for name, _ in module.named_children()}
-        # many modules have these children; those with tensors of their own, such as relative positions, do more with them
+    def resembles(cls, module: nn.Module) -> bool:
+        children = {name for name, child in module._modules.items() if child is not None}
         return (
-            super().fits(module)
-            and type(module).__name__ == "Attention"
+            super().resembles(module)
             and hasattr(module, "num_heads")
             and children <= {*cls.structure, *cls.optional}
             and not module._parameters
@@ -166,6 +195,7 @@ class MultiheadSelfAttention(DetachableAttention):
         ValueError: when called with another key or value than the query, or with a mask.
     """
 
+    classes = ("torch.nn.modules.activation.MultiheadAttention",)
     structure = ("out_proj",)
     plain = ()
 
@@ -178,13 +208,34 @@ class MultiheadSelfAttention(DetachableAttention):
         self.batch_first = source.batch_first
 
     @classmethod
-    def fits(cls, module: nn.Module) -> bool:
+    def resembles(cls, module: nn.Module) -> bool:
         return (
             isinstance(module, nn.MultiheadAttention)
             and module.in_proj_weight is not None  # one width for query, key and value
             and module.bias_k is None
             and not module.add_zero_attn
         )
+
+    @classmethod
+    def why_not_called(cls, node: fx.Node) -> str | None:
+        names = (
+            "query",
+            "key",
+            "value",
+            "key_padding_mask",
+            "need_weights",
+            "attn_mask",
+            "average_attn_weights",
+            "is_causal",
+        )
+        given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+        if given["key"] is not given["query"] or given["value"] is not given["query"]:
+            return "another key or value than the query"
+        if given.get("key_padding_mask") is not None or given.get("attn_mask") is not None or given.get("is_causal"):
+            return "a mask"
+        if any(user.target is not operator.getitem or (user.args[1] != 0 and user.users) for user in node.users):
+            return "a use for its attention weights, which are not computed any more"
+        return None
 
     def forward(
         self,

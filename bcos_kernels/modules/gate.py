@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor, nn
 
 from bcos_kernels import reference
+from bcos_kernels.identity import known_class
 from bcos_kernels.modules.detachable import DetachableModule
 
 
@@ -19,41 +20,38 @@ class DetachableSqueezeExcitation(DetachableModule):
     Shapes: ``[N, C, H, W]`` to the same.
 
     Raises:
-        ValueError: ``source`` has no structure that is known.
+        ValueError: ``source`` is of no class that is known, or has another forward pass.
     """
 
     if TYPE_CHECKING:  # nn.Module says `Tensor | Module`; the children are modules
 
         def __getattr__(self, name: str) -> Any: ...
 
-    #: the children that lead from the mean to the gate, in order, by package; the first ones are what identifies it
-    structures: ClassVar[tuple[tuple[str, ...], ...]] = (
-        ("fc1", "activation", "fc2", "scale_activation"),  # torchvision
-        ("conv_reduce", "act1", "conv_expand", "gate"),  # timm, EfficientNet
-        ("fc1", "bn", "act", "fc2", "gate"),  # timm, others
-    )
+    #: the children that lead from the mean to the gate, in order, by class
+    paths: ClassVar[dict[str, tuple[str, ...]]] = {
+        "torchvision.ops.misc.SqueezeExcitation": ("fc1", "activation", "fc2", "scale_activation"),
+        "timm.models._efficientnet_blocks.SqueezeExcite": ("conv_reduce", "act1", "conv_expand", "gate"),
+        "timm.layers.squeeze_excite.SEModule": ("fc1", "bn", "act", "fc2", "gate"),
+    }
 
     def __init__(self, source: nn.Module) -> None:
         super().__init__()
-        path = self._path(source)
-        if path is None:
-            raise ValueError(
-                f"source: a {type(source).__name__} is no squeeze-and-excitation layer of a known structure"
-            )
-        self.path = path
-        for name, child in source.named_children():
+        if not self.fits(source):
+            raise ValueError(f"source: a {type(source).__name__} is no squeeze-and-excitation layer that is known")
+        name = known_class(source, self.paths)
+        assert name is not None
+        self.path = self.paths[name]
+        for name, child in source._modules.items():
             self.add_module(name, child)
         self.train(source.training)
 
     @classmethod
-    def _path(cls, module: nn.Module) -> tuple[str, ...] | None:
-        children = {name for name, _ in module.named_children()}
-        # `avgpool` is torchvision's; a further child would do something that is not known here
-        return next((p for p in cls.structures if set(p) <= children <= {*p, "avgpool"}), None)
-
-    @classmethod
     def fits(cls, module: nn.Module) -> bool:
-        return cls._path(module) is not None and not getattr(module, "add_maxpool", False)
+        name = known_class(module, cls.paths)
+        if name is None or getattr(module, "add_maxpool", False):
+            return False
+        # `avgpool` is torchvision's; a further child would do something that is not known here
+        return set(cls.paths[name]) <= set(module._modules) <= {*cls.paths[name], "avgpool"}
 
     def forward(self, x: Tensor) -> Tensor:
         gate = x.mean((2, 3), keepdim=True)
