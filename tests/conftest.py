@@ -1,0 +1,16 @@
+"""Options of the suite."""
+
+from __future__ import annotations
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--sweep", action="store_true", help="convert every network of tests/sweep_networks.txt, not a sixth"
+    )
+
+
+@pytest.fixture
+def sweep(request: pytest.FixtureRequest) -> bool:
+    return bool(request.config.getoption("--sweep"))
