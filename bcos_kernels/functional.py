@@ -116,7 +116,7 @@ def bcos_conv2d(
         normalize_weight,
         detach_scale,
         squares,
-        _for_backward(x, weight, bias, b_tensor),
+        False,  # for_backward: the operator decides
         backend,
     )[0]
     return y
@@ -177,7 +177,7 @@ def bcos_linear(
         normalize_weight,
         detach_scale,
         squares,
-        _for_backward(x, weight, bias, b_tensor),
+        False,  # for_backward: the operator decides
         backend,
     )[0]
     return y
@@ -479,10 +479,6 @@ def _resolve_padding(
 def _split_exponent(b: float | Tensor) -> tuple[float, Tensor | None]:
     """B as the operators take it: a number, or the tensor that stands in for it."""
     return (2.0, b) if isinstance(b, Tensor) else (b, None)
-
-
-def _for_backward(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _define(

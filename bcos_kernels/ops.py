@@ -30,12 +30,14 @@ from bcos_kernels.contract import (
 )
 from bcos_kernels.registration import (
     Maybe,
+    Watch,
     apart,
     define,
     differentiate_backward,
     empty,
     register_autocast,
     register_autograd,
+    register_vmap,
 )
 
 # The options travel as plain arguments; `_options` puts them together again. `b` holds where `b_tensor` is None.
@@ -150,10 +152,15 @@ class _Layer:
             self.backward,
             self.backward_fake,
         )
+        self.forward_op = getattr(torch.ops.bcos, name).default
         self.backward_op = getattr(torch.ops.bcos, f"{name}_backward").default
         register_autograd(name, self.save_for_backward, self.differentiate)
         register_autograd(f"{name}_backward", self.save_for_double_backward, self.differentiate_twice)
         register_autocast(name)
+        leading = not like_conv
+        register_vmap(name, ("x", "squares"), leading, lambda arguments: True)
+        samples = ("grad", "x", "kept", "norm", "winner")
+        register_vmap(f"{name}_backward", samples, leading, lambda arguments: not any(arguments["needs"][1:]))
 
     # -- forward
 
@@ -181,11 +188,14 @@ class _Layer:
 
     def save_for_backward(self, ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tensor]) -> None:
         x, weight, bias, b_tensor, *rest = inputs
-        *plain, _, for_backward, backend = rest
-        ctx.plain, ctx.backend, ctx.for_backward = plain, backend, for_backward
+        *plain, _, _, backend = rest
+        ctx.plain, ctx.backend, ctx.watch = plain, backend, None
         y, norm, linear, winner = output
         options = self.make_options(b_tensor, *plain)
         kept = linear if options.keeps_linear(x.dtype) else empty(y) if options.is_linear else y
+        if kept is y and type(y) is Tensor:  # a compiler's tensors are modified in the graph alone, and save `y` once
+            ctx.watch = Watch(y, linear)
+            kept = ctx.watch.own
         ctx.save_for_backward(x, weight, bias, b_tensor, kept, norm, winner)
         ctx.mark_non_differentiable(norm, linear, winner)
         ctx.set_materialize_grads(False)
@@ -194,11 +204,10 @@ class _Layer:
         nothing = [None] * (len(ctx.plain) + 3)
         if grad is None:
             return (None, None, None, None, *nothing)
-        if not ctx.for_backward:
-            raise RuntimeError(
-                f"torch.ops.bcos.{self.name} was called with for_backward=False: it kept nothing to go back"
-            )
         x, weight, bias, b_tensor, kept, norm, winner = ctx.saved_tensors
+        if ctx.watch is not None and ctx.watch.modified():
+            with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+                kept = self.forward_op(x, weight, bias, b_tensor, *ctx.plain, None, False, ctx.backend)[0]
         needs = wanted[:4]
         grads = self.backward_op(
             grad, x, weight, bias, b_tensor, kept, norm, winner, list(needs), *ctx.plain, ctx.backend

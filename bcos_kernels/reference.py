@@ -35,15 +35,26 @@ class _Freeze(torch.autograd.Function):
     For that to be exact, nothing of the same layer may be multiplied to the result: parameters go into ``value``.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, value: Tensor, factor: Tensor) -> Tensor:
-        ctx.save_for_backward(factor)
+    def forward(value: Tensor, factor: Tensor) -> Tensor:
         return value * factor
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+        ctx.save_for_forward(inputs[1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (factor,) = ctx.saved_tensors
         return grads[0] * factor, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
+        (factor,) = ctx.saved_tensors
+        return tangents[0] * factor
 
 
 def scaled(value: Tensor, factor: Tensor, *, detach: bool) -> Tensor:
@@ -57,15 +68,26 @@ def scaled(value: Tensor, factor: Tensor, *, detach: bool) -> Tensor:
 class _FreezeWeights(torch.autograd.Function):
     """``weights @ value`` whose first derivative does not look into ``weights``; see :class:`_Freeze`."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, value: Tensor, weights: Tensor) -> Tensor:
-        ctx.save_for_backward(weights)
+    def forward(value: Tensor, weights: Tensor) -> Tensor:
         return weights @ value
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+        ctx.save_for_forward(inputs[1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (weights,) = ctx.saved_tensors
         return weights.mT @ grads[0], None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
+        (weights,) = ctx.saved_tensors
+        return weights @ tangents[0]
 
 
 def window_sum(

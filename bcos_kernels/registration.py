@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.eager_transforms import enable_inplace_requires_grad
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
 from bcos_kernels.contract import accumulator
@@ -23,19 +25,29 @@ def define(name: str, schema: str, implementation: Callable[..., Any], fake: Cal
 
 
 def register_autograd(name: str, setup_context: Callable[..., None], backward: Callable[..., Any]) -> None:
-    """What ``torch.library.register_autograd`` does, for schemas without defaults and keyword-only arguments.
+    """What ``torch.library.register_autograd`` does, for schemas without defaults and keyword-only arguments, and more.
 
     Without its search for omitted defaults a tiny convolution takes 125 instead of 167 microseconds, forward and backward
-    (timeit, one thread of an AMD EPYC, torch 2.15).
+    (timeit, one thread of an AMD EPYC, torch 2.15). Besides:
+
+    - The argument ``for_backward``, where the schema has it, becomes True here when a derivative may follow. Only the call
+      itself can know: a trace, an exported graph or a ``vmap`` is made once and run with other tensors. It never becomes
+      False: an outer transform, or the graph that a compiler made for a later backward pass, may have asked for it.
+    - The result may be modified in place, whatever the backend returns: see ``redispatch``.
+    - ``torch.func.grad`` and ``vjp`` work. Forward mode is refused.
     """
     op = getattr(torch.ops.bcos, name).default
-    below = torch._C._after_autograd_keyset
+    arguments = [a.name for a in op._schema.arguments]
+    flag = arguments.index("for_backward") if "for_backward" in arguments else None
+    below = torch._C._after_ADInplaceOrView_keyset
 
     def redispatch(keyset: torch._C.DispatchKeySet, args: tuple[Any, ...]) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
+        # Below ADInplaceOrView no view is recorded. What a backend returns, ``u.view(shape)`` for instance, is a tensor like
+        # any other then; PyTorch forbids to modify a view that leaves an autograd.Function.
+        with torch._C._AutoDispatchBelowADInplaceOrView():
             return op.redispatch(keyset & below, *args)
 
-    class Derivative(torch.autograd.Function):
+    class Rule:
         @staticmethod
         def forward(ctx: Any, keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
             result = redispatch(keyset, args)
@@ -46,14 +58,103 @@ def register_autograd(name: str, setup_context: Callable[..., None], backward: C
         def backward(ctx: Any, *grads: Maybe) -> tuple[Maybe, ...]:
             return (None, *backward(ctx, ctx.needs_input_grad[1:], *grads))
 
+    class OneLevelRule(Rule):
+        """Of one of several nested transforms: those further out differentiate what this one runs."""
+
+        @staticmethod
+        def forward(ctx: Any, keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
+            with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+                return Rule.forward(ctx, keyset, *args)
+
+    Derivative: Any = type(f"bcos_{name}", (Rule, torch.autograd.Function), {})
+    # torch.func runs a kernel once for each transform. autograd.Function runs all of them itself, which is for code above
+    # the dispatcher; torch's own class for a single level is what fits a kernel. Nothing public does.
+    OneLevel: Any = type(f"bcos_{name}", (OneLevelRule, torch.autograd.function._SingleLevelFunction), {})
+
     def kernel(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
-        # forward-mode AD too: the Function refuses its tangents in a sentence, below they would silently become zero
-        dual = forward_ad._current_level >= 0
-        if dual or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
-            return Derivative.apply(keyset, *args)
-        return redispatch(keyset, args)
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(name, args)
+        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
+            return redispatch(keyset, args)
+        if flag is not None and not args[flag]:
+            args = (*args[:flag], True, *args[flag + 1 :])
+        if torch._C._are_functorch_transforms_active():
+            with enable_single_level_autograd_function():
+                return OneLevel.apply(keyset, *args)
+        return Derivative.apply(keyset, *args)
 
     _LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)
+
+
+def _refuse_tangents(name: str, args: tuple[Any, ...]) -> None:
+    """Without this a tangent would silently become zero."""
+    if any(isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None for t in args):
+        raise NotImplementedError(
+            f"torch.ops.bcos.{name} has no derivative in forward mode (torch.func.jvp, jacfwd, hessian, forward_ad); use"
+            " reverse mode (torch.func.vjp, jacrev, jacrev(jacrev(f)) for a Hessian), or the definition in plain PyTorch,"
+            ' which has both: bk.use_backend("reference")'
+        )
+
+
+class Watch:
+    """Notices that a tensor was modified in place, itself or through a view, and holds none of its memory.
+
+    Some backward passes need the output of their operation, as sigmoid's does. Where it can be computed anew, the user may
+    modify it: ``own`` is saved instead of the tensor, and backward asks ``modified()`` before it uses it. The two aliases
+    cost 3 microseconds of the 100 that a tiny linear layer takes forward and backward.
+    """
+
+    def __init__(self, t: Tensor, empty: Tensor) -> None:
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            #: the same memory with a version counter of its own, which autograd's check of saved tensors looks at
+            self.own = t.detach()
+        # the same version counter, without the memory; `empty` is any tensor of no elements on the same device
+        self._counter = t.detach()
+        if not torch._C._are_functorch_transforms_active():  # in which torch refuses this
+            self._counter.data = empty
+        self._version = self._counter._version
+
+    def modified(self) -> bool:
+        return self._counter._version != self._version
+
+
+def register_vmap(name: str, samples: Sequence[str], leading: bool, together: Callable[[dict[str, Any]], bool]) -> None:
+    """``torch.func.vmap``: all members in one call where the operation treats samples independently, else one by one.
+
+    ``samples``: the tensors whose first axis counts samples, and so of every output; the members' samples are computed
+    together if nothing else differs between members and ``together(arguments)``: no output is a sum over the samples, which
+    each member has of its own. ``leading``: any number of axes counts samples, and the members' is one more.
+    """
+    op = getattr(torch.ops.bcos, name)
+    names = [a.name for a in op.default._schema.arguments]
+
+    def is_placeholder(t: Tensor) -> bool:
+        return t.dim() == 1 and t.numel() == 0
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
+        size = info.batch_size
+        batched = [isinstance(d, int) for d in in_dims]
+        if all(n in samples for n, b in zip(names, batched, strict=True) if b) and together(
+            dict(zip(names, args, strict=True))
+        ):
+
+            def fold(n: str, t: Any, d: Any) -> Any:
+                if n not in samples or t is None or (d is None and is_placeholder(t)):
+                    return t
+                t = t.expand(size, *t.shape) if d is None else t.movedim(d, 0)
+                return t if leading else t.flatten(0, 1)
+
+            results = op(*map(fold, names, args, in_dims))
+            if not leading:
+                results = [t if is_placeholder(t) else t.unflatten(0, (size, t.shape[0] // size)) for t in results]
+            return tuple(results), tuple(None if is_placeholder(t) else 0 for t in results)
+        members = [
+            op(*(a.select(d, i) if b else a for a, d, b in zip(args, in_dims, batched, strict=True)))
+            for i in range(size)
+        ]
+        return tuple(torch.stack(ts) for ts in zip(*members, strict=True)), (0,) * len(members[0])
+
+    torch.library.register_vmap(f"bcos::{name}", rule, lib=_LIBRARY)
 
 
 def autocast(device: str, *tensors: Maybe) -> list[Maybe]:
@@ -122,9 +223,11 @@ def differentiate_backward(
     def tied(t: Maybe) -> Maybe:
         if t is None:
             return None
-        return t.to(acc, copy=True) if again and t.requires_grad else t.detach().to(acc, copy=True).requires_grad_()
+        t = t.to(acc, copy=True)
+        return t if again and t.requires_grad else t.detach().requires_grad_()
 
-    with torch.enable_grad(), torch.autocast(grad.device.type, enabled=False):
+    # torch.func forbids requires_grad_() to those who differentiate through its transforms; here nobody else sees the leaves
+    with torch.enable_grad(), torch.autocast(grad.device.type, enabled=False), enable_inplace_requires_grad(True):
         tensors: list[Any] = [tied(t) for t in (grad, *inputs)]
         y = forward(*tensors[1:])
         wanted = [
