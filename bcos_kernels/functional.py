@@ -290,9 +290,24 @@ def batch_norm_with_squares(
             x, var, weight, bias, residual, eps, relu, detach_var, squares, backend
         )
     if training and running_var is not None and batch_var is not None and x.numel():
-        with torch.no_grad():
-            running_var.lerp_(batch_var.to(running_var.dtype), momentum)
+        _update(running_var, batch_var.to(running_var.dtype), momentum)
     return z, sums if squares else None
+
+
+@torch.no_grad()
+def _update(running_var: Tensor, batch_var: Tensor, momentum: float) -> None:
+    if not torch._C._are_functorch_transforms_active():
+        running_var.lerp_(batch_var, momentum)
+        return
+    updated = torch.lerp(running_var, batch_var, momentum)
+    try:
+        running_var.copy_(updated)
+    except RuntimeError as error:
+        raise RuntimeError(
+            "running_var cannot be updated inside torch.func's transforms where it is not an argument of the transformed"
+            " function, or is shared by the members of a vmap, which have a variance each; evaluate with model.eval(),"
+            " pass a running_var for each member, or track none (track_running_stats=False, running_var=None)"
+        ) from error
 
 
 def layer_norm(

@@ -38,6 +38,7 @@ from bcos_kernels.registration import (
     register_autocast,
     register_autograd,
     register_vmap,
+    unversioned,
 )
 
 # The options travel as plain arguments; `_options` puts them together again. `b` holds where `b_tensor` is None.
@@ -193,9 +194,8 @@ class _Layer:
         y, norm, linear, winner = output
         options = self.make_options(b_tensor, *plain)
         kept = linear if options.keeps_linear(x.dtype) else empty(y) if options.is_linear else y
-        if kept is y and type(y) is Tensor:  # a compiler's tensors are modified in the graph alone, and save `y` once
-            ctx.watch = Watch(y, linear)
-            kept = ctx.watch.own
+        if kept is y:
+            ctx.watch, kept = Watch(y, linear), unversioned(y)
         ctx.save_for_backward(x, weight, bias, b_tensor, kept, norm, winner)
         ctx.mark_non_differentiable(norm, linear, winner)
         ctx.set_materialize_grads(False)
@@ -206,8 +206,9 @@ class _Layer:
             return (None, None, None, None, *nothing)
         x, weight, bias, b_tensor, kept, norm, winner = ctx.saved_tensors
         if ctx.watch is not None and ctx.watch.modified():
+            # for_backward=True though nothing more is kept: to a compiler this is the same call as in forward, and free
             with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-                kept = self.forward_op(x, weight, bias, b_tensor, *ctx.plain, None, False, ctx.backend)[0]
+                kept = self.forward_op(x, weight, bias, b_tensor, *ctx.plain, None, True, ctx.backend)[0]
         needs = wanted[:4]
         grads = self.backward_op(
             grad, x, weight, bias, b_tensor, kept, norm, winner, list(needs), *ctx.plain, ctx.backend

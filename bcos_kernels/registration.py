@@ -99,62 +99,75 @@ def _refuse_tangents(name: str, args: tuple[Any, ...]) -> None:
 class Watch:
     """Notices that a tensor was modified in place, itself or through a view, and holds none of its memory.
 
-    Some backward passes need the output of their operation, as sigmoid's does. Where it can be computed anew, the user may
-    modify it: ``own`` is saved instead of the tensor, and backward asks ``modified()`` before it uses it. The two aliases
-    cost 3 microseconds of the 100 that a tiny linear layer takes forward and backward.
+    Some backward passes need the output of their operation, as sigmoid's does. Where the output can be computed anew, users
+    may modify it: what is saved is :func:`unversioned`, which autograd's own check lets pass, and backward asks
+    ``modified()`` before it uses that. Both together take 3 of the 100 microseconds of a tiny linear layer, forward and
+    backward.
     """
 
     def __init__(self, t: Tensor, empty: Tensor) -> None:
-        with torch._C._AutoDispatchBelowADInplaceOrView():
-            #: the same memory with a version counter of its own, which autograd's check of saved tensors looks at
-            self.own = t.detach()
-        # the same version counter, without the memory; `empty` is any tensor of no elements on the same device
-        self._counter = t.detach()
-        if not torch._C._are_functorch_transforms_active():  # in which torch refuses this
-            self._counter.data = empty
-        self._version = self._counter._version
+        """``empty``: any tensor of no elements on the same device."""
+        self._alias = t.detach()  # shares the version counter, and until the next line the memory
+        if type(t) is Tensor and not torch._C._are_functorch_transforms_active():  # which refuse this, as compilers do
+            self._alias.data = empty
+        self._version = self._alias._version
 
     def modified(self) -> bool:
-        return self._counter._version != self._version
+        return self._alias._version != self._version
+
+
+def unversioned(t: Tensor) -> Tensor:
+    """The same memory with a version counter of its own."""
+    with torch._C._AutoDispatchBelowADInplaceOrView():
+        return t.detach()
 
 
 def register_vmap(name: str, samples: Sequence[str], leading: bool, together: Callable[[dict[str, Any]], bool]) -> None:
-    """``torch.func.vmap``: all members in one call where the operation treats samples independently, else one by one.
+    """``torch.func.vmap``: all members in one call where they are but more samples for the operation, else one by one.
 
-    ``samples``: the tensors whose first axis counts samples, and so of every output; the members' samples are computed
-    together if nothing else differs between members and ``together(arguments)``: no output is a sum over the samples, which
-    each member has of its own. ``leading``: any number of axes counts samples, and the members' is one more.
+    ``samples``: the tensors with an entry for every sample; every output has one too. Members that differ in these alone
+    are computed together if ``together(arguments)``: no output is a sum over the samples, of which each member has its own.
+    ``leading``: any number of leading axes counts the samples, and the members are one axis more; otherwise the first axis does,
+    and the members are folded into it.
     """
     op = getattr(torch.ops.bcos, name)
     names = [a.name for a in op.default._schema.arguments]
 
-    def is_placeholder(t: Tensor) -> bool:
-        return t.dim() == 1 and t.numel() == 0
-
-    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
+    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[list[Tensor], list[int | None]]:
         size = info.batch_size
-        batched = [isinstance(d, int) for d in in_dims]
-        if all(n in samples for n, b in zip(names, batched, strict=True) if b) and together(
-            dict(zip(names, args, strict=True))
-        ):
+        batched = [isinstance(d, int) for d in in_dims]  # a list argument has a list
 
-            def fold(n: str, t: Any, d: Any) -> Any:
-                if n not in samples or t is None or (d is None and is_placeholder(t)):
-                    return t
-                t = t.expand(size, *t.shape) if d is None else t.movedim(d, 0)
-                return t if leading else t.flatten(0, 1)
+        def fold(n: str, t: Any, d: Any, b: bool) -> Any:
+            if n not in samples or t is None or (not b and _is_placeholder(t)):
+                return t
+            t = t.movedim(d, 0) if b else _joined([t] * size)
+            return t if leading else t.flatten(0, 1)
 
-            results = op(*map(fold, names, args, in_dims))
+        differ = {n for n, b in zip(names, batched, strict=True) if b}
+        if differ <= set(samples) and together(dict(zip(names, args, strict=True))):
+            results = list(op(*map(fold, names, args, in_dims, batched)))
             if not leading:
-                results = [t if is_placeholder(t) else t.unflatten(0, (size, t.shape[0] // size)) for t in results]
-            return tuple(results), tuple(None if is_placeholder(t) else 0 for t in results)
-        members = [
-            op(*(a.select(d, i) if b else a for a, d, b in zip(args, in_dims, batched, strict=True)))
-            for i in range(size)
-        ]
-        return tuple(torch.stack(ts) for ts in zip(*members, strict=True)), (0,) * len(members[0])
+                results = [t if _is_placeholder(t) else t.unflatten(0, (size, t.shape[0] // size)) for t in results]
+            return results, [None if _is_placeholder(t) else 0 for t in results]
+        if size == 0:
+            raise ValueError(f"torch.ops.bcos.{name}: vmap over no members; its axis of {sorted(differ)} has size 0")
+        members = [op(*map(lambda a, d, b: a.select(d, i) if b else a, args, in_dims, batched)) for i in range(size)]
+        results = [_joined(ts) for ts in zip(*members, strict=True)]
+        return results, [0] * len(results)
 
     torch.library.register_vmap(f"bcos::{name}", rule, lib=_LIBRARY)
+
+
+def _is_placeholder(t: Tensor) -> bool:
+    """Whether it is :func:`empty`, which stands for a result that there is none of."""
+    return t.shape == (0,)
+
+
+def _joined(members: Sequence[Tensor]) -> Tensor:
+    """``torch.stack`` that keeps each member's memory format, which the operators rely on."""
+    if members[0].dim() == 0:
+        return torch.stack(list(members))
+    return torch.cat(list(members)).unflatten(0, (len(members), members[0].shape[0]))
 
 
 def autocast(device: str, *tensors: Maybe) -> list[Maybe]:
