@@ -39,6 +39,7 @@ from bcos_kernels.registration import (
     register_autograd,
     register_vmap,
     unversioned,
+    when_imported,
 )
 
 # The options travel as plain arguments; `_options` puts them together again. `b` holds where `b_tensor` is None.
@@ -304,3 +305,6 @@ def linear_definition(x: Tensor, weight: Tensor, bias: Maybe, o: Options) -> Ten
 
 _CONV2D = _Layer("conv2d", _CONV_OPTIONS, _options, conv2d_definition, _conv2d_output, like_conv=True)
 _LINEAR = _Layer("linear", _LINEAR_OPTIONS, _linear_options, linear_definition, _linear_output, like_conv=False)
+
+# not at once: that module imports Triton, which takes 0.2 seconds
+when_imported("torch.utils.flop_counter", "bcos_kernels.flops")
