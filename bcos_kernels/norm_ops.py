@@ -345,4 +345,6 @@ define(
 register_autograd("layer_norm", _layer_norm_save, _layer_norm_differentiate)
 register_autograd("layer_norm_backward", _layer_norm_save_backward, _layer_norm_differentiate_twice)
 register_vmap("layer_norm", ("x",), True, lambda arguments: True)
-register_vmap("layer_norm_backward", ("grad", "x", "mean", "rstd"), True, lambda arguments: not any(arguments["needs"][1:]))
+register_vmap(
+    "layer_norm_backward", ("grad", "x", "mean", "rstd"), True, lambda arguments: not any(arguments["needs"][1:])
+)

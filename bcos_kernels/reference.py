@@ -33,6 +33,7 @@ class _Freeze(torch.autograd.Function):
     ``factor.detach()`` would do the same to the first derivative, but its second derivative would be wrong: the gradient
     of ``value`` is ``grad * factor``, and a loss on that gradient (training on the explanation) does depend on ``factor``.
     For that to be exact, nothing of the same layer may be multiplied to the result: parameters go into ``value``.
+    It has no ``jvp``: ``torch.compile`` refuses every Function that has one.
     """
 
     generate_vmap_rule = True
@@ -44,17 +45,11 @@ class _Freeze(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
         ctx.save_for_backward(inputs[1])
-        ctx.save_for_forward(inputs[1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (factor,) = ctx.saved_tensors
         return grads[0] * factor, None
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
-        (factor,) = ctx.saved_tensors
-        return tangents[0] * factor
 
 
 def scaled(value: Tensor, factor: Tensor, *, detach: bool) -> Tensor:
@@ -77,17 +72,11 @@ class _FreezeWeights(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
         ctx.save_for_backward(inputs[1])
-        ctx.save_for_forward(inputs[1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (weights,) = ctx.saved_tensors
         return weights.mT @ grads[0], None
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
-        (weights,) = ctx.saved_tensors
-        return weights @ tangents[0]
 
 
 def window_sum(

@@ -95,8 +95,8 @@ def _refuse_tangents(name: str, args: tuple[Any, ...]) -> None:
     if any(isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None for t in args):
         raise NotImplementedError(
             f"torch.ops.bcos.{name} has no derivative in forward mode (torch.func.jvp, jacfwd, hessian, forward_ad); use"
-            " reverse mode (torch.func.vjp, jacrev, jacrev(jacrev(f)) for a Hessian), or the definition in plain PyTorch,"
-            ' which has both: bk.use_backend("reference")'
+            " reverse mode (torch.func.vjp, jacrev, jacrev(jacrev(f)) for a Hessian), or, except in explanation mode, the"
+            ' definition in plain PyTorch, which has both: bk.use_backend("reference")'
         )
 
 
