@@ -1,4 +1,4 @@
-"""What makes an operation an operator ``torch.ops.bcos.*``: schema, fake, autograd, second derivatives, autocast."""
+"""What makes an operation an operator ``torch.ops.bcos.*``: schema, fake, autograd, vmap, second derivatives, autocast."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def register_autograd(name: str, setup_context: Callable[..., None], backward: C
 
     def redispatch(keyset: torch._C.DispatchKeySet, args: tuple[Any, ...]) -> Any:
         # Below ADInplaceOrView no view is recorded. What a backend returns, ``u.view(shape)`` for instance, is a tensor like
-        # any other then; PyTorch forbids to modify a view that leaves an autograd.Function.
+        # any other then; PyTorch forbids modifying a view that an autograd.Function returns.
         with torch._C._AutoDispatchBelowADInplaceOrView():
             return op.redispatch(keyset & below, *args)
 
@@ -63,7 +63,7 @@ def register_autograd(name: str, setup_context: Callable[..., None], backward: C
             return (None, *backward(ctx, ctx.needs_input_grad[1:], *grads))
 
     class OneLevelRule(Rule):
-        """Of one of several nested transforms: those further out differentiate what this one runs."""
+        """For one of several nested transforms: those further out differentiate what its forward pass runs."""
 
         @staticmethod
         def forward(ctx: Any, keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
@@ -71,8 +71,9 @@ def register_autograd(name: str, setup_context: Callable[..., None], backward: C
                 return Rule.forward(ctx, keyset, *args)
 
     Derivative: Any = type(f"bcos_{name}", (Rule, torch.autograd.Function), {})
-    # torch.func runs a kernel once for each transform. autograd.Function runs all of them itself, which is for code above
-    # the dispatcher; torch's own class for a single level is what fits a kernel. Nothing public does.
+    # torch.func calls a kernel once for each nested transform. autograd.Function would handle all of them in one call, which
+    # is for code above the dispatcher. The class that it makes for a single one of them is what a kernel needs; it has no
+    # public name.
     OneLevel: Any = type(f"bcos_{name}", (OneLevelRule, torch.autograd.function._SingleLevelFunction), {})
 
     def kernel(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
@@ -144,14 +145,16 @@ def register_vmap(name: str, samples: Sequence[str], leading: bool, together: Ca
         def fold(n: str, t: Any, d: Any, b: bool) -> Any:
             if n not in samples or t is None or (not b and _is_placeholder(t)):
                 return t
-            t = t.movedim(d, 0) if b else _joined([t] * size)
+            t = t.movedim(d, 0) if b else _joined([t] * size) if size else t.new_empty((0, *t.shape))
             return t if leading else t.flatten(0, 1)
 
         differ = {n for n, b in zip(names, batched, strict=True) if b}
         if differ <= set(samples) and together(dict(zip(names, args, strict=True))):
             results = list(op(*map(fold, names, args, in_dims, batched)))
             if not leading:
-                results = [t if _is_placeholder(t) else t.unflatten(0, (size, t.shape[0] // size)) for t in results]
+                some = batched.index(True)
+                count = args[some].movedim(in_dims[some], 0).shape[1]
+                results = [t if _is_placeholder(t) else t.unflatten(0, (size, count)) for t in results]
             return results, [None if _is_placeholder(t) else 0 for t in results]
         if size == 0:
             raise ValueError(f"torch.ops.bcos.{name}: vmap over no members; its axis of {sorted(differ)} has size 0")

@@ -360,6 +360,8 @@ def test_running_variance() -> None:
 def test_no_members() -> None:
     weight = torch.zeros(0, 4, 5)
     assert vmap(lambda x: bk.bcos_linear(x, torch.ones(4, 5)))(torch.zeros(0, 2, 5)).shape == (0, 2, 4)
+    images, kernel = torch.zeros(0, 2, 4, 5, 5), torch.ones(3, 4, 1, 1)
+    assert vmap(grad(lambda x: bk.bcos_conv2d(x, kernel).sum()))(images).shape == images.shape
     with pytest.raises(ValueError, match=r"vmap over no members.*weight"):
         vmap(lambda w: bk.bcos_linear(torch.zeros(2, 5), w))(weight)
 
