@@ -233,6 +233,12 @@ class _Layer:
     ) -> Gradients:
         *plain, backend = rest
         options, wanted = self.make_options(b_tensor, *plain), Needs(*needs)
+        size = grad.numel()
+        if (not options.is_linear and kept.numel() != size) or (options.max_out > 1 and winner.numel() != size):
+            raise ValueError(
+                f"torch.ops.bcos.{self.name}_backward: kept and winner must have the shape of grad {list(grad.shape)}; the"
+                " forward operator returns them if it is called with for_backward=True"
+            )
         module = dispatch.choose(backend, Call(f"{self.name}_backward", x, weight, options), strict=False)
         grads = getattr(module, f"{self.name}_backward")(
             grad, x, weight, bias, Saved(kept, norm, winner), options, wanted

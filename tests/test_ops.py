@@ -334,6 +334,23 @@ def test_operator_keeps_what_backward_needs_whatever_it_was_told(case: Case) -> 
         assert_close(a, e, GRADIENT)
 
 
+@pytest.mark.parametrize("backend", ["auto", "portable"])
+@pytest.mark.parametrize("options", [{"b": 1.5}, {"b": 2, "max_out": 2}, {"b": 1, "max_out": 2}], ids=str)
+def test_backward_without_what_forward_keeps_is_refused(options: dict[str, Any], backend: str) -> None:
+    """Kernels would read memory that is not there."""
+    for shape in (CONV, LINEAR):
+        case = shape.with_options(**options)
+        arguments = [t.detach() if isinstance(t, Tensor) else t for t in operator_arguments(case)]
+        arguments[-2] = False
+        x, weight, bias, b, *scalars = arguments
+        kind = torch.ops.bcos.conv2d if case.is_conv else torch.ops.bcos.linear
+        backward = torch.ops.bcos.conv2d_backward if case.is_conv else torch.ops.bcos.linear_backward
+        y, norm, linear, winner = kind(*arguments)
+        kept = y if options["b"] == 2 else linear
+        with pytest.raises(ValueError, match="for_backward=True"):
+            backward(y, x, weight, bias, b, kept, norm, winner, [True] * 2 + [False] * 2, *scalars[:-3], backend)
+
+
 @pytest.mark.parametrize("compiled", [True, False])
 def test_inference_computes_nothing_for_backward(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The weight needs a gradient, but not under no_grad; nor does a frozen one, with gradients on."""
