@@ -17,6 +17,8 @@ A backend is a module with these functions (``dispatch`` finds it by name)::
 ``squares``, or None: the sum of the squares of ``x``, ``[N, 1, H, W]`` or ``[..., 1]`` in the accumulator's dtype, for a
 single group. A backend need not look at it.
 
+Results may be views, but share memory with no argument and with no other result.
+
 A function may be missing where ``why_not`` refuses its calls.
 
 Options and calls are named tuples, not dataclasses: five of them are made for a forward and a backward pass of a layer, in

@@ -116,7 +116,7 @@ def bcos_conv2d(
         normalize_weight,
         detach_scale,
         squares,
-        _for_backward(x, weight, bias, b_tensor),
+        False,  # for_backward: the operator decides
         backend,
     )[0]
     return y
@@ -177,7 +177,7 @@ def bcos_linear(
         normalize_weight,
         detach_scale,
         squares,
-        _for_backward(x, weight, bias, b_tensor),
+        False,  # for_backward: the operator decides
         backend,
     )[0]
     return y
@@ -290,9 +290,24 @@ def batch_norm_with_squares(
             x, var, weight, bias, residual, eps, relu, detach_var, squares, backend
         )
     if training and running_var is not None and batch_var is not None and x.numel():
-        with torch.no_grad():
-            running_var.lerp_(batch_var.to(running_var.dtype), momentum)
+        _update(running_var, batch_var.to(running_var.dtype), momentum)
     return z, sums if squares else None
+
+
+@torch.no_grad()
+def _update(running_var: Tensor, batch_var: Tensor, momentum: float) -> None:
+    if not torch._C._are_functorch_transforms_active():
+        running_var.lerp_(batch_var, momentum)
+        return
+    updated = torch.lerp(running_var, batch_var, momentum)
+    try:
+        running_var.copy_(updated)
+    except RuntimeError as error:
+        raise RuntimeError(
+            "running_var cannot be updated inside torch.func's transforms where it is not an argument of the transformed"
+            " function, or is shared by the members of a vmap, which have a variance each; evaluate with model.eval(),"
+            " pass a running_var for each member, or track none (track_running_stats=False, running_var=None)"
+        ) from error
 
 
 def layer_norm(
@@ -479,10 +494,6 @@ def _resolve_padding(
 def _split_exponent(b: float | Tensor) -> tuple[float, Tensor | None]:
     """B as the operators take it: a number, or the tensor that stands in for it."""
     return (2.0, b) if isinstance(b, Tensor) else (b, None)
-
-
-def _for_backward(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _define(

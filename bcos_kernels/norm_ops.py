@@ -22,7 +22,15 @@ from bcos_kernels.contract import (
     accumulator,
     memory_format,
 )
-from bcos_kernels.registration import Maybe, apart, define, differentiate_backward, empty, register_autograd
+from bcos_kernels.registration import (
+    Maybe,
+    apart,
+    define,
+    differentiate_backward,
+    empty,
+    register_autograd,
+    register_vmap,
+)
 
 # ---- uncentered batch norm, residual, ReLU
 
@@ -192,6 +200,13 @@ define(
 )
 register_autograd("batch_norm_uncentered2d", _batch_norm_save, _batch_norm_differentiate)
 register_autograd("batch_norm_uncentered2d_backward", _batch_norm_save_backward, _batch_norm_differentiate_twice)
+register_vmap("batch_norm_uncentered2d", ("x", "residual"), False, lambda arguments: arguments["var"] is not None)
+register_vmap(
+    "batch_norm_uncentered2d_backward",
+    ("grad", "x", "z"),
+    False,
+    lambda arguments: arguments["mean"].numel() == 0 and not (arguments["needs"][1] or arguments["needs"][2]),
+)
 
 
 # ---- layer norm
@@ -329,3 +344,7 @@ define(
 )
 register_autograd("layer_norm", _layer_norm_save, _layer_norm_differentiate)
 register_autograd("layer_norm_backward", _layer_norm_save_backward, _layer_norm_differentiate_twice)
+register_vmap("layer_norm", ("x",), True, lambda arguments: True)
+register_vmap(
+    "layer_norm_backward", ("grad", "x", "mean", "rstd"), True, lambda arguments: not any(arguments["needs"][1:])
+)

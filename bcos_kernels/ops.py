@@ -30,12 +30,16 @@ from bcos_kernels.contract import (
 )
 from bcos_kernels.registration import (
     Maybe,
+    Watch,
     apart,
     define,
     differentiate_backward,
     empty,
     register_autocast,
     register_autograd,
+    register_vmap,
+    unversioned,
+    when_imported,
 )
 
 # The options travel as plain arguments; `_options` puts them together again. `b` holds where `b_tensor` is None.
@@ -150,10 +154,15 @@ class _Layer:
             self.backward,
             self.backward_fake,
         )
+        self.forward_op = getattr(torch.ops.bcos, name).default
         self.backward_op = getattr(torch.ops.bcos, f"{name}_backward").default
         register_autograd(name, self.save_for_backward, self.differentiate)
         register_autograd(f"{name}_backward", self.save_for_double_backward, self.differentiate_twice)
         register_autocast(name)
+        leading = not like_conv
+        register_vmap(name, ("x", "squares"), leading, lambda arguments: True)
+        samples = ("grad", "x", "kept", "norm", "winner")
+        register_vmap(f"{name}_backward", samples, leading, lambda arguments: not any(arguments["needs"][1:]))
 
     # -- forward
 
@@ -181,11 +190,13 @@ class _Layer:
 
     def save_for_backward(self, ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tensor]) -> None:
         x, weight, bias, b_tensor, *rest = inputs
-        *plain, _, for_backward, backend = rest
-        ctx.plain, ctx.backend, ctx.for_backward = plain, backend, for_backward
+        *plain, _, _, backend = rest
+        ctx.plain, ctx.backend, ctx.watch = plain, backend, None
         y, norm, linear, winner = output
         options = self.make_options(b_tensor, *plain)
         kept = linear if options.keeps_linear(x.dtype) else empty(y) if options.is_linear else y
+        if kept is y:
+            ctx.watch, kept = Watch(y, linear), unversioned(y)
         ctx.save_for_backward(x, weight, bias, b_tensor, kept, norm, winner)
         ctx.mark_non_differentiable(norm, linear, winner)
         ctx.set_materialize_grads(False)
@@ -194,11 +205,11 @@ class _Layer:
         nothing = [None] * (len(ctx.plain) + 3)
         if grad is None:
             return (None, None, None, None, *nothing)
-        if not ctx.for_backward:
-            raise RuntimeError(
-                f"torch.ops.bcos.{self.name} was called with for_backward=False: it kept nothing to go back"
-            )
         x, weight, bias, b_tensor, kept, norm, winner = ctx.saved_tensors
+        if ctx.watch is not None and ctx.watch.modified():
+            # for_backward=True though nothing more is kept: to a compiler this is the same call as in forward, and free
+            with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+                kept = self.forward_op(x, weight, bias, b_tensor, *ctx.plain, None, True, ctx.backend)[0]
         needs = wanted[:4]
         grads = self.backward_op(
             grad, x, weight, bias, b_tensor, kept, norm, winner, list(needs), *ctx.plain, ctx.backend
@@ -222,6 +233,12 @@ class _Layer:
     ) -> Gradients:
         *plain, backend = rest
         options, wanted = self.make_options(b_tensor, *plain), Needs(*needs)
+        size = grad.numel()
+        if (not options.is_linear and kept.numel() != size) or (options.max_out > 1 and winner.numel() != size):
+            raise ValueError(
+                f"torch.ops.bcos.{self.name}_backward: kept and winner must have the shape of grad {list(grad.shape)}; the"
+                " forward operator returns them if it is called with for_backward=True"
+            )
         module = dispatch.choose(backend, Call(f"{self.name}_backward", x, weight, options), strict=False)
         grads = getattr(module, f"{self.name}_backward")(
             grad, x, weight, bias, Saved(kept, norm, winner), options, wanted
@@ -294,3 +311,6 @@ def linear_definition(x: Tensor, weight: Tensor, bias: Maybe, o: Options) -> Ten
 
 _CONV2D = _Layer("conv2d", _CONV_OPTIONS, _options, conv2d_definition, _conv2d_output, like_conv=True)
 _LINEAR = _Layer("linear", _LINEAR_OPTIONS, _linear_options, linear_definition, _linear_output, like_conv=False)
+
+# not at once: that module imports Triton, which takes 0.2 seconds
+when_imported("torch.utils.flop_counter", "bcos_kernels.flops")

@@ -33,12 +33,18 @@ class _Freeze(torch.autograd.Function):
     ``factor.detach()`` would do the same to the first derivative, but its second derivative would be wrong: the gradient
     of ``value`` is ``grad * factor``, and a loss on that gradient (training on the explanation) does depend on ``factor``.
     For that to be exact, nothing of the same layer may be multiplied to the result: parameters go into ``value``.
+    It has no ``jvp``: ``torch.compile`` refuses every Function that has one.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, value: Tensor, factor: Tensor) -> Tensor:
-        ctx.save_for_backward(factor)
+    def forward(value: Tensor, factor: Tensor) -> Tensor:
         return value * factor
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
@@ -57,10 +63,15 @@ def scaled(value: Tensor, factor: Tensor, *, detach: bool) -> Tensor:
 class _FreezeWeights(torch.autograd.Function):
     """``weights @ value`` whose first derivative does not look into ``weights``; see :class:`_Freeze`."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, value: Tensor, weights: Tensor) -> Tensor:
-        ctx.save_for_backward(weights)
+    def forward(value: Tensor, weights: Tensor) -> Tensor:
         return weights @ value
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:

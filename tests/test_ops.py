@@ -6,10 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+import torchvision
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils.flop_counter import FlopCounterMode
 
 import bcos_kernels as bk
+from bcos_kernels import portable
 from tests.op_cases import LEARNABLE, SHAPES, Case
 from tests.tolerances import GRADIENT, OUTPUT, assert_close
 
@@ -318,12 +321,106 @@ def test_no_grad_computes_nothing_for_backward() -> None:
     assert linear.numel() == winner.numel() == 0
 
 
-def test_operator_called_without_keeping_says_so_in_backward() -> None:
-    arguments = list(operator_arguments(CONV))
+@pytest.mark.parametrize("case", variants(CONV, LINEAR), ids=lambda c: c.name)
+def test_operator_keeps_what_backward_needs_whatever_it_was_told(case: Case) -> None:
+    """A graph that was made where no derivative followed has a constant for_backward=False."""
+    arguments = list(operator_arguments(case))
     arguments[-2] = False
-    y = torch.ops.bcos.conv2d(*arguments)[0]
-    with pytest.raises(RuntimeError, match="for_backward=False"):
-        y.sum().backward()
+    y = (torch.ops.bcos.conv2d if case.is_conv else torch.ops.bcos.linear)(*arguments)[0]
+    tensors = [t for t in arguments if isinstance(t, Tensor)]
+    again = case.inputs()
+    expected = torch.autograd.grad(case.run(again, backend="reference").sum(), list(again.values()))
+    for a, e in zip(torch.autograd.grad(y.sum(), tensors), expected, strict=True):
+        assert_close(a, e, GRADIENT)
+
+
+@pytest.mark.parametrize("backend", ["auto", "portable"])
+@pytest.mark.parametrize("options", [{"b": 1.5}, {"b": 2, "max_out": 2}, {"b": 1, "max_out": 2}], ids=str)
+def test_backward_without_what_forward_keeps_is_refused(options: dict[str, Any], backend: str) -> None:
+    """Kernels would read memory that is not there."""
+    for shape in (CONV, LINEAR):
+        case = shape.with_options(**options)
+        arguments = [t.detach() if isinstance(t, Tensor) else t for t in operator_arguments(case)]
+        arguments[-2] = False
+        x, weight, bias, b, *scalars = arguments
+        kind = torch.ops.bcos.conv2d if case.is_conv else torch.ops.bcos.linear
+        backward = torch.ops.bcos.conv2d_backward if case.is_conv else torch.ops.bcos.linear_backward
+        y, norm, linear, winner = kind(*arguments)
+        kept = y if options["b"] == 2 else linear
+        with pytest.raises(ValueError, match="for_backward=True"):
+            backward(y, x, weight, bias, b, kept, norm, winner, [True] * 2 + [False] * 2, *scalars[:-3], backend)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_inference_computes_nothing_for_backward(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weight needs a gradient, but not under no_grad; nor does a frozen one, with gradients on."""
+    seen: list[bool] = []
+    conv2d = portable.conv2d
+
+    def spy(*arguments: Any) -> Any:
+        seen.append(arguments[4])
+        return conv2d(*arguments)
+
+    monkeypatch.setattr(portable, "conv2d", spy)
+    case = CONV.with_options(b=1.5, max_out=2)
+    tensors = case.inputs()
+
+    def function(x: Tensor, weight: Tensor) -> Tensor:
+        return case.run({"x": x, "weight": weight}, backend="portable")
+
+    run = torch.compile(function, fullgraph=True, backend="aot_eager") if compiled else function
+    with torch.no_grad():
+        run(*tensors.values())
+    run(*(t.detach() for t in tensors.values()))
+    run(*tensors.values())
+    assert seen == [False, False, True]
+
+
+def flops(function: Any) -> int:
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return int(counter.get_total_flops())
+
+
+@pytest.mark.parametrize("max_out", [1, 2])
+@pytest.mark.parametrize(
+    ("layer", "conventional", "shape"),
+    [
+        (bk.BcosConv2d, torch.nn.Conv2d, (2, 4, 9, 8)),
+        (bk.BcosLinear, torch.nn.Linear, (3, 5, 4)),
+    ],
+)
+def test_flops_are_those_of_the_conventional_layer(layer: Any, conventional: Any, shape: Any, max_out: int) -> None:
+    is_conv = layer is bk.BcosConv2d
+    options: list[dict[str, Any]] = [{}]
+    if is_conv:
+        options = [{}, {"padding": 1}, {"stride": 2}, {"dilation": 2}, {"groups": 2}, {"groups": 4, "stride": (1, 2)}]
+
+    def count(model: torch.nn.Module, needs_x: bool, needs_weight: bool) -> int:
+        model.requires_grad_(needs_weight)
+        y = lambda: model(torch.ones(shape, requires_grad=needs_x)).sum()  # noqa: E731
+        return flops((lambda: y().backward()) if needs_x or needs_weight else y)
+
+    for option in options:
+        kernel = (3,) if is_conv else ()
+        ours = layer(4, 8, *kernel, max_out=max_out, **option)
+        theirs = conventional(4, 8 * max_out, *kernel, bias=False, **option)
+        for needs in ((True, True), (True, False), (False, True), (False, False)):
+            assert count(ours, *needs) == count(theirs, *needs) > 0, (option, needs)
+
+
+def test_flops_of_a_network_are_those_of_the_definition() -> None:
+    """The sums of a converted network, norms included, which count as none."""
+    torch.manual_seed(0)
+    resnet = torchvision.models.resnet18(num_classes=10).eval()
+    model, images = bk.bcosify(resnet).eval(), torch.rand(1, 6, 32, 32)
+    step = lambda: model(images).sum().backward()  # noqa: E731
+    with bk.use_backend("reference"):
+        expected = flops(step)
+    assert flops(step) == expected > 0
+    # the conventional one has three input channels, and its classifier behind the pooling, which sees one pixel here as well
+    resnet.conv1 = torch.nn.Conv2d(6, 64, 7, 2, 3, bias=False)
+    assert flops(lambda: resnet(images).sum().backward()) == expected
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -39,6 +39,18 @@ def test_import_is_light() -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_flop_counter_knows_the_operators_whenever_it_is_imported() -> None:
+    for order in (
+        "import bcos_kernels; import torch.utils.flop_counter",
+        "import torch.utils.flop_counter; import bcos_kernels",
+    ):
+        code = f"{order}; print(sum('bcos' in str(op) for op in torch.utils.flop_counter.flop_registry))"
+        done = subprocess.run(
+            [sys.executable, "-c", f"import torch; {code}"], capture_output=True, text=True, check=True
+        )
+        assert done.stdout.strip() == "4", order
+
+
 def test_environment_report() -> None:
     done = subprocess.run([sys.executable, "-m", "bcos_kernels.env_report"], capture_output=True, text=True, check=True)
     for part in (f"bcos_kernels  {bk.__version__}", "torch", "backends", "portable    ready", "reference   ready"):
