@@ -1,11 +1,13 @@
-"""``bcosify`` on the networks of torchvision and timm: the same function at B = 1, or a refusal that names what is in the way.
+"""``bcosify`` on the networks of torchvision and timm: the same function at B = 1, or a refusal that names what prevents it.
 
 ``tests/sweep_networks.txt`` lists them; a share of them runs by default, all of them with ``pytest --sweep``.
 """
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -15,11 +17,11 @@ from torch import nn
 
 import bcos_kernels as bk
 from tests.networks import CLASSES, filled
-from tests.tolerances import OUTPUT, relative_error
+from tests.tolerances import relative_error
 
 NAMES = Path(__file__).with_name("sweep_networks.txt").read_text().split()
 KEEP = ("biases", "max_pooling", "head_order")
-REFUSALS = ("model: cannot convert a ", "model must have one convolution with three input channels")
+REFUSALS = "^model: cannot convert a |^model must have one convolution with three input channels"
 
 
 def build(name: str) -> tuple[nn.Module, int]:
@@ -64,25 +66,31 @@ def test_same_function_or_refused(name: str, sweep: bool) -> None:
     if name.startswith("timm:") and not timm.is_model(name.removeprefix("timm:")):
         pytest.skip("this timm has no such network")
     standard, side = build(name)
-    try:
-        model = bk.bcosify(standard, b=1, normalize=None, logit_bias=None, keep=KEEP)
-    except ValueError as refusal:
-        assert str(refusal).startswith(REFUSALS)
+    model = converted_or_refused(standard, REFUSALS, b=1, keep=KEEP)
+    if model is None:
         return
     x = torch.randn(2, 3, side, side, dtype=torch.float64)
     with torch.no_grad():
         expected, actual = standard(x), model(torch.cat([x, -x], 1))
     assert relative_error(expected[:1], expected[1:]) > 1e-4  # the image has a part in it
-    assert relative_error(actual, expected) < 1e-8
+    assert relative_error(actual, expected) < 1e-6  # 1e-15 for most; deep networks of random weights enlarge rounding
     explained(standard, side)
+
+
+def converted_or_refused(standard: nn.Module, refusals: str, **options: Any) -> bk.BcosNetwork | None:
+    """The converted network, or None where it was refused by one of these sentences."""
+    try:
+        return bk.bcosify(standard, normalize=None, logit_bias=None, **options)
+    except ValueError as refusal:
+        if not re.search(refusals, str(refusal)):
+            raise
+    return None
 
 
 def explained(standard: nn.Module, side: int) -> None:
     """The contributions of the default conversion make up the logit, or what is missing is named."""
-    try:
-        model = bk.bcosify(standard, normalize=None, logit_bias=None)
-    except ValueError as refusal:
-        assert "the constant " in str(refusal)
+    model = converted_or_refused(standard, "the constant .* that it adds")
+    if model is None:
         return
     model.eval()
     images = torch.rand(2, 6, side, side, dtype=torch.float64)
