@@ -159,7 +159,9 @@ class BuildNative(build_ext):
 
     def get_outputs(self) -> list[str]:
         package = Path(self.get_ext_fullpath("bcos_kernels._native")).parent
-        return [str(package / name) for name in (build_record.LIBRARY, build_record.RECORD) if (package / name).exists()]
+        return [
+            str(package / name) for name in (build_record.LIBRARY, build_record.RECORD) if (package / name).exists()
+        ]
 
     def get_output_mapping(self) -> dict[str, str]:
         return {}

@@ -72,7 +72,7 @@ def checkout() -> Path | None:
 
 @functools.cache
 def record() -> dict[str, Any]:
-    """What the build wrote beside the modules: ``sources``, and ``missing`` and ``on_purpose`` where it left the extension out."""
+    """What the build wrote beside the modules: ``sources``; ``missing``, ``on_purpose`` where it left the extension out."""
     try:
         found = json.loads((PACKAGE / RECORD).read_text())
     except (OSError, ValueError):
@@ -117,7 +117,9 @@ def rebuild_command(environment: Sequence[str] = ()) -> str:
     In a checkout it builds in place. An installed package is built again from where it came from: pip and uv would otherwise
     take the same version for installed already, or take the wheel that they kept.
     """
-    setting = "".join(f"{shlex.quote(name)}={shlex.quote(value)} " for name, value in (e.split("=", 1) for e in environment))
+    setting = "".join(
+        f"{shlex.quote(name)}={shlex.quote(value)} " for name, value in (e.split("=", 1) for e in environment)
+    )
     root = checkout()
     installer, source = _origin()
     if root is not None and _has_build_tools():

@@ -130,7 +130,7 @@ def choose(backend: str, call: Call, *, strict: bool = True) -> ModuleType:
     kind = (call.op, x.device, x.dtype, choice.shape_class(call))
     if (modules := _orders.get(kind)) is None:
         modules = _orders[kind] = tuple(_usable(choice.order(*kind, BACKENDS)))
-        if backend == AUTO and modules[0] is load("portable"):
+        if backend == AUTO and not any(m is not load("portable") and m.why_not(call) is None for m in modules):
             _warn_of_slow_path(call)
     for module in modules:
         sentence = module.why_not(call)

@@ -33,8 +33,10 @@ _DTYPES = {
     "cpu": (torch.float32, torch.float64, torch.bfloat16),
     "cuda": (torch.float32, torch.float64, torch.bfloat16, torch.float16),
 }
-#: From benchmarks/results/networks-cpu.csv, in docs/performance.md.
-_COST = " A step of ResNet-50 on the CPU takes 1.65 times as long as a conventional network's, with the extension 1.04 times."
+#: From benchmarks/results/networks-cpu.csv, in docs/performance.md; nothing was measured on a GPU yet.
+_COST = "A step of ResNet-50 on the CPU takes 1.65 times as long as a conventional network's, with the extension 1.04 times."
+
+_LEAST_CAPABILITY = (8, 0)
 
 _LINEAR, _QUADRATIC, _GENERAL = range(3)
 
@@ -78,7 +80,7 @@ def _gpu_not_covered(index: int) -> str | None:
     info = build_info() or {}
     capability = torch.cuda.get_device_capability(index)
     major, minor = capability
-    if capability < (8, 0):
+    if capability < _LEAST_CAPABILITY:
         return f"native: kernels need compute capability 8.0 or higher; this GPU has {major}.{minor}"
     archs = info.get("cuda_archs", "")
     if not archs:
@@ -91,20 +93,24 @@ def _gpu_not_covered(index: int) -> str | None:
 
 
 def slow_path(call: Call) -> str | None:
-    """The warning that is due where ``call`` runs on plain PyTorch for want of this extension; None if it is not.
+    """The warning that is due where ``call`` runs in plain PyTorch for want of this extension; None if it is not.
 
     None as well where the extension has no kernel for the call, or was left out on purpose.
     """
-    sentence = unavailable()
-    on_cuda = call.x.device.type == "cuda"
-    if (sentence is None and not on_cuda) or build_record.left_out_on_purpose() or os.environ.get("TRITON_INTERPRET") == "1":
+    if build_record.left_out_on_purpose() or os.environ.get("TRITON_INTERPRET") == "1":
         return None
-    reason = why_not(call)
-    if reason is not None and not (on_cuda and reason == _gpu_not_covered(call.x.device.index)):
-        return None
-    # Not measured on a GPU yet.
-    cost = "" if on_cuda else _COST
-    return f"bcos_kernels runs its slow path, layers in plain PyTorch.{cost} {sentence or reason}."
+    missing, reason = unavailable(), why_not(call)
+    if call.x.device.type == "cuda":
+        index = call.x.device.index
+        can_be_mended = torch.cuda.get_device_capability(index) >= _LEAST_CAPABILITY
+        if not can_be_mended or reason != _gpu_not_covered(index):
+            return None
+        return f"bcos_kernels runs its slow path: layers in plain PyTorch. {missing or reason}"
+    return (
+        None
+        if missing is None or reason
+        else f"bcos_kernels runs its slow path: layers in plain PyTorch. {_COST} {missing}"
+    )
 
 
 def covers(archs: str, capability: tuple[int, int]) -> bool:

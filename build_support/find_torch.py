@@ -2,13 +2,12 @@
 
 An isolated build runs in an environment of its own. Which environment is installed into depends on who asked for the build:
 pip isolates by hiding packages from the interpreter that it runs on; uv and ``build`` make a virtual environment elsewhere.
-The interpreter of the target is found, and asked where its torch is: so a user's site-packages, PYTHONPATH, ``.pth`` files and
-system-site-packages count exactly as they will when the package runs.
+The interpreter of the target is found, and asked where its torch is: so a user's site-packages, PYTHONPATH, ``.pth`` files
+and system-site-packages count exactly as they will when the package runs.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import shlex
@@ -18,6 +17,7 @@ import sys
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from build_support import CannotBuildError, build_record
@@ -188,7 +188,7 @@ def find_torch(frontend: Frontend | None = None) -> Torch:
         for folder in _folders_given(frontend):
             if (folder / "torch" / "version.py").is_file():
                 return Torch.read(folder / "torch")
-    spec = importlib.util.find_spec("torch")
+    spec = find_spec("torch")
     if spec and spec.origin:
         return Torch.read(Path(spec.origin).parent)
     if not in_hook:
@@ -196,16 +196,15 @@ def find_torch(frontend: Frontend | None = None) -> Torch:
         raise CannotBuildError("torch was not installed when the package was built", detail)
     pythons, certain = target_interpreters(frontend)
     for python in pythons:
-        if folder := ask(python, frontend):
-            return Torch.read(folder)
+        if found := ask(python, frontend):
+            return Torch.read(found)
     raise _not_found(frontend, pythons, certain)
 
 
 def _not_found(frontend: Frontend, pythons: list[Path], certain: bool) -> CannotBuildError:
     asked = ", ".join(map(str, pythons)) or "no interpreter was found to ask"
-    anew = ("--no-deps", "--force-reinstall", "--no-cache-dir")
-    if frontend.is_uv:
-        anew = ("--reinstall-package", "bcos_kernels")
+    pip_anew = ["--no-deps", "--force-reinstall", "--no-cache-dir"]
+    anew = ["--reinstall-package", "bcos_kernels"] if frontend.is_uv else pip_anew
     if certain:
         reason = "torch was not installed when the package was built"
         return CannotBuildError(reason, f" (for {asked}): install torch first, then run\n    {frontend.again(*anew)}")
@@ -213,8 +212,8 @@ def _not_found(frontend: Frontend, pythons: list[Path], certain: bool) -> Cannot
     # The tools go where the package goes: the same command up to its verb, with the same interpreter.
     if "install" in frontend.args:
         head = frontend.args[: frontend.args.index("install") + 1]
-        python = frontend.option("--python", "-p") if frontend.is_uv else None
-        head += ["--python", python] if python else []
+        request = frontend.option("--python", "-p") if frontend.is_uv else None
+        head += ["--python", request] if request else []
         command = f"{shlex.join([*head, *build_record.BUILD_TOOLS])} && {frontend.again('--no-build-isolation', *anew)}"
     else:
         tools = shlex.join(build_record.BUILD_TOOLS)

@@ -244,8 +244,8 @@ class Build:
         sets = INSTRUCTION_SETS if self.on_x86 else {"DEFAULT": []}
         # The longest first: two cores are busy to the end.
         for name in reversed(sets):
-            extra = [f"-DCPU_CAPABILITY={name}", f"-DCPU_CAPABILITY_{name}", *sets[name]]
-            compile_one(tile, f"tile_{name}.o", extra=extra)
+            capability = [f"-DCPU_CAPABILITY={name}", f"-DCPU_CAPABILITY_{name}", *sets[name]]
+            compile_one(tile, f"tile_{name}.o", extra=capability)
         if self.nvcc:
             host = "-fPIC,-fvisibility=hidden,-Wall,-Wextra,-Wno-psabi"
             nvcc = [self.nvcc.path, *self.compiler.for_nvcc(), "-O3", "-lineinfo", STANDARD, "-DNDEBUG"]
