@@ -18,6 +18,7 @@ import os
 import re
 import shlex
 import shutil
+import sys
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -111,6 +112,12 @@ def _origin() -> tuple[str, str]:
     return installer, shlex.quote(url) if url else "bcos_kernels"
 
 
+def _python() -> str:
+    """This interpreter, as a word of a command."""
+    found = shutil.which("python")
+    return "python" if found and Path(found).parent == Path(sys.executable).parent else shlex.quote(sys.executable)
+
+
 def rebuild_command(environment: Sequence[str] = ()) -> str:
     """The command that builds the extension for this installation, with ``environment`` (``NAME=VALUE``) in front.
 
@@ -123,13 +130,14 @@ def rebuild_command(environment: Sequence[str] = ()) -> str:
     root = checkout()
     installer, source = _origin()
     if root is not None and _has_build_tools():
-        return f"cd {shlex.quote(str(root))} && {setting}python setup.py build_ext --inplace"
+        return f"cd {shlex.quote(str(root))} && {setting}{_python()} setup.py build_ext --inplace"
     if root is not None:
         source = f"--editable {shlex.quote(str(root))}"
     isolation = "--no-build-isolation " if _has_build_tools() else ""
     if installer == "uv":
-        return f"{setting}uv pip install --no-deps --reinstall-package bcos_kernels {isolation}{source}"
-    return f"{setting}python -m pip install --no-deps --force-reinstall --no-cache-dir {isolation}{source}"
+        target = "" if os.environ.get("VIRTUAL_ENV") == sys.prefix else f"--python {_python()} "
+        return f"{setting}uv pip install {target}--no-deps --reinstall-package bcos_kernels {isolation}{source}"
+    return f"{setting}{_python()} -m pip install --no-deps --force-reinstall --no-cache-dir {isolation}{source}"
 
 
 def left_out() -> str:

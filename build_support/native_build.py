@@ -203,8 +203,7 @@ class Build:
             link.unlink(missing_ok=True)
             link.symlink_to(self.torch.folder)
         text = json.dumps(build_record.MARK + json.dumps({**self.info(), "no_cuda": no_cuda}))
-        keep = 'extern "C" __attribute__((visibility("default"), used))'
-        code = f"{keep} const char bcos_build_info[];\nconst char bcos_build_info[] = {text};\n"
+        code = f"__attribute__((used)) static const char bcos_build_info[] = {text};\n"
         write_if_changed(self.folder / "build_info.cpp", code.encode())
         write_if_changed(self.folder / "build.ninja", self.ninja_file().encode())
         return self.folder / build_record.LIBRARY

@@ -549,15 +549,21 @@ def test_command_for_an_installed_package(
         def read_text(self, name: str) -> str:
             return installer + "\n" if name == "INSTALLER" else json.dumps({"url": url})
 
+    monkeypatch.setattr(build_record, "_python", lambda: "python")
+    monkeypatch.setenv("VIRTUAL_ENV", sys.prefix)
     monkeypatch.setattr(build_record.metadata, "distribution", lambda name: Distribution())
     monkeypatch.setattr(build_record, "checkout", lambda: None)
     monkeypatch.setattr(build_record, "_has_build_tools", lambda: True)
     assert build_record.rebuild_command() == command.format("--no-build-isolation ")
     monkeypatch.setattr(build_record, "_has_build_tools", lambda: False)
     assert build_record.rebuild_command(["A=b c"]) == "A='b c' " + command.format("")
+    if installer == "uv":
+        monkeypatch.setenv("VIRTUAL_ENV", "/another")
+        assert build_record.rebuild_command().startswith("uv pip install --python python --no-deps")
 
 
 def test_command_in_a_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build_record, "_python", lambda: "python")
     monkeypatch.setattr(build_record, "checkout", lambda: Path("/a b"))
     monkeypatch.setattr(build_record, "_has_build_tools", lambda: True)
     assert build_record.rebuild_command() == "cd '/a b' && python setup.py build_ext --inplace"
@@ -607,7 +613,7 @@ def test_stale_library_in_a_checkout(tmp_path: Path) -> None:
     assert "1.65 times" in warning
     assert "built from other sources" in native_line
     assert native_line.split("; ")[1] in warning
-    command = "python setup.py build_ext --inplace`" if build_record._has_build_tools() else "--editable"
+    command = "setup.py build_ext --inplace`" if build_record._has_build_tools() else "--editable"
     assert str(tmp_path) in native_line
     assert command in native_line
 
