@@ -50,10 +50,10 @@ sanitize: $(STAMP)
 		status=$$?; $(BIN)/python setup.py -q build_ext --inplace; exit $$status
 
 clean:
-	rm -rf $(VENV) build dist bcos_kernels/*.so *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist bcos_kernels/*.so bcos_kernels/_build.json *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # torch first: the extension is built against it.
-$(STAMP): pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
+$(STAMP): pyproject.toml setup.py $(wildcard build_support/*.py csrc/*.* csrc/*/*.*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip setuptools ninja 'torch>=2.11'
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[dev]'

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -29,8 +30,13 @@ AUTO = "auto"
 
 _active = AUTO
 _logged: set[str] = set()
+_warned = False
 #: What was found out about each kind of call: the backends that can be used on this machine, the fastest first.
 _orders: dict[tuple[str, torch.device, torch.dtype, str], tuple[ModuleType, ...]] = {}
+
+
+class SlowPathWarning(UserWarning):
+    """Layers run in plain PyTorch, since no backend with kernels of its own can be used here; the message says why."""
 
 
 def names() -> tuple[str, ...]:
@@ -124,12 +130,22 @@ def choose(backend: str, call: Call, *, strict: bool = True) -> ModuleType:
     kind = (call.op, x.device, x.dtype, choice.shape_class(call))
     if (modules := _orders.get(kind)) is None:
         modules = _orders[kind] = tuple(_usable(choice.order(*kind, BACKENDS)))
+        if backend == AUTO and not any(m is not load("portable") and m.why_not(call) is None for m in modules):
+            _warn_of_slow_path(call)
     for module in modules:
         sentence = module.why_not(call)
         if sentence is None:
             return module
         _log_once(sentence)
     raise AssertionError("the portable backend runs everything")
+
+
+def _warn_of_slow_path(call: Call) -> None:
+    """Once in a process, where layers run on plain PyTorch that the compiled extension would run."""
+    global _warned
+    if not _warned and (message := load("native").slow_path(call)) is not None:
+        _warned = True
+        warnings.warn(message, SlowPathWarning, stacklevel=3)
 
 
 def _usable(order: list[str]) -> Iterator[ModuleType]:

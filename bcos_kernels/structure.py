@@ -123,8 +123,8 @@ def _trace(model: nn.Module) -> fx.Graph:
         said = str(error).splitlines()
         raise ValueError(
             f"model: cannot convert a {type(model).__name__}: {tracer.failed or 'its'} forward pass cannot be followed "
-            "without running it, since it branches on its input, or calls code that takes nothing but tensors. There, PyTorch says: "
-            + (said[0] if said else type(error).__name__)
+            "without running it, since it branches on its input, or calls code that takes nothing but tensors. There, "
+            "PyTorch says: " + (said[0] if said else type(error).__name__)
         ) from error
 
 

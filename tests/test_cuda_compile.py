@@ -120,18 +120,24 @@ def test_another_cuda_is_refused_in_a_sentence(required: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("archs", "sentence"),
+    ("archs", "capability", "sentence"),
     [
-        ("", "native: built without CUDA; pip install . with nvcc builds the kernels"),
-        ("9.0a", 'native: compiled for 9.0a, this GPU is sm_80; TORCH_CUDA_ARCH_LIST="8.0" pip install . adds it'),
-        ("8.0", None),
+        ("", (8, 0), "native: built without CUDA: no nvcc was found; with nvcc, `COMMAND` builds the kernels"),
+        (
+            "9.0a",
+            (8, 0),
+            "native: compiled for 9.0a, this GPU is sm_80; `TORCH_CUDA_ARCH_LIST=9.0a;8.0 COMMAND` adds it",
+        ),
+        ("8.0", (8, 0), None),
+        ("8.0", (7, 5), "native: kernels need compute capability 8.0 or higher; this GPU has 7.5"),
     ],
 )
 def test_a_gpu_without_code_is_refused_in_a_sentence(
-    archs: str, sentence: str | None, monkeypatch: pytest.MonkeyPatch
+    archs: str, capability: tuple[int, int], sentence: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(native, "build_info", lambda: {"cuda_archs": archs})
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 0))
+    monkeypatch.setattr(native.build_record, "rebuild_command", lambda more=(): " ".join([*more, "COMMAND"]))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
     assert native._gpu_not_covered.__wrapped__(0) == sentence
 
 

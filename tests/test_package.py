@@ -6,7 +6,11 @@ import subprocess
 import sys
 from importlib import metadata
 
+import pytest
+import torch
+
 import bcos_kernels as bk
+from bcos_kernels import env_report, native
 
 OPTIONAL = ("torchvision", "lightning", "matplotlib", "sklearn", "bcos", "timm", "triton.language")
 
@@ -55,6 +59,43 @@ def test_environment_report() -> None:
     done = subprocess.run([sys.executable, "-m", "bcos_kernels.env_report"], capture_output=True, text=True, check=True)
     for part in (f"bcos_kernels  {bk.__version__}", "torch", "backends", "portable    ready", "reference   ready"):
         assert part in done.stdout, part
+    lines = dict(line.split(maxsplit=1) for line in done.stdout.splitlines() if len(line.split()) > 1)
+    for name in (
+        "processor",
+        "instructions",
+        "threads",
+        "kernels",
+        "extension",
+        "sources",
+        "compiler",
+        "nvcc",
+        "driver",
+    ):
+        assert not lines[name].startswith("unknown ("), lines[name]
+
+
+def test_environment_report_survives_what_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object) -> str:
+        raise OSError("out of order")
+
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", fail)
+    monkeypatch.setattr(env_report.metadata, "version", fail)
+    monkeypatch.setattr(env_report, "available_backends", fail)
+    monkeypatch.setattr(native, "build_info", fail)
+    said = env_report.report()
+    for name in ("instructions", "extension", "sources", "flags", "numpy", "backends"):
+        assert f"{name:<14}unknown (OSError: out of order)" in said
+    assert f"bcos_kernels  {bk.__version__}" in said
+
+
+def test_environment_report_says_what_this_processor_does_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Operations:
+        has_avx512 = staticmethod(lambda: False)
+        fuses_pointwise = staticmethod(lambda: False)
+
+    monkeypatch.setattr(native, "unavailable", lambda: None)
+    monkeypatch.setattr(torch.ops, "bcos_native", Operations)
+    assert "no AVX-512: the fused 1x1 convolution and linear layer are off" in env_report.report()
 
 
 def test_every_public_name_is_documented() -> None:
