@@ -3,7 +3,7 @@
 from bcos_kernels._version import __version__
 from bcos_kernels.accelerate import Acceleration, accelerate, deaccelerate
 from bcos_kernels.convert import BcosNetwork, bcosify
-from bcos_kernels.dispatch import available_backends, use_backend
+from bcos_kernels.dispatch import available_backends, set_default_backend, use_backend
 from bcos_kernels.explain import Explanation, explain, explanation_mode
 from bcos_kernels.functional import batch_norm_uncentered2d, bcos_conv2d, bcos_linear, layer_norm
 from bcos_kernels.modules import (
@@ -42,5 +42,6 @@ __all__ = [
     "explain",
     "explanation_mode",
     "layer_norm",
+    "set_default_backend",
     "use_backend",
 ]

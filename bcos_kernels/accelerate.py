@@ -8,6 +8,7 @@ made before stay valid.
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ from bcos_kernels.modules import (
     DetachableModule,
 )
 from bcos_kernels.modules.attention import SimpleViTAttention
+from bcos_kernels.modules.detachable import has_hooks
 
 log = logging.getLogger("bcos_kernels")
 
@@ -155,11 +157,20 @@ class _StandIn(DetachableModule):
 
     @property
     def detach(self) -> bool:  # type: ignore[override]
-        return bool(self.source.detach)
+        return bool(self.source.detach) or super().detach
 
     @detach.setter
     def detach(self, value: bool) -> None:
         self.source.detach = value
+
+    def _theirs(self, x: Tensor) -> Tensor:
+        """The forward pass of ``source``, in the mode of this layer."""
+        source, detach = self.source, self.detach
+        if bool(source.detach) != detach:  # of this call alone: a twin with the same tensors and children
+            source = copy.copy(source)
+            source.detach = detach
+        y: Tensor = source.forward(x)
+        return y
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.source._load_from_state_dict(*args, **kwargs)
@@ -175,6 +186,18 @@ class _BcosStandIn(_StandIn):
         super().__init__(source)
         self.normalize_weight = normalize_weight
         self.max_out = getattr(source, "max_out", 1)
+        self._compared = type(self.linear)
+
+    def _is_plain(self, linear: nn.Module) -> bool:
+        """Whether the inner layer still is what it was when both layers were compared."""
+        return linear is self.source or (
+            type(linear) is self._compared and "forward" not in vars(linear) and not has_hooks(linear)
+        )
+
+    def with_squares(self, x: Tensor, squares: Tensor | None) -> Tensor:
+        if not self._is_plain(self.linear):
+            return self._theirs(x)
+        return super().with_squares(x, squares)  # type: ignore[misc]  # of the class that this one is mixed into
 
     @property
     def b(self) -> float | Tensor:

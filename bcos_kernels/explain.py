@@ -5,7 +5,8 @@ Source: B-cos Networks (arXiv 2205.10268); the colour picture is the one of its 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,35 +15,99 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bcos_kernels.modules import AddInverse
+from bcos_kernels.modules import AddInverse, DetachableModule
+from bcos_kernels.modules.detachable import explained
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+class _Held:
+    """A setting of modules that several calls may need at once: the first one changes it, the last one puts it back.
+
+    For what can only be set on the modules themselves, which all threads share.
+    """
+
+    def __init__(self, read: Callable[[Any], bool], write: Callable[[Any, bool], None], wanted: bool) -> None:
+        self._read, self._write, self._wanted = read, write, wanted
+        self._lock = threading.RLock()
+        #: by id: the module, how many calls hold it, and its setting before the first
+        self._held: dict[int, tuple[nn.Module, int, bool]] = {}
+
+    @contextmanager
+    def __call__(self, modules: Iterable[nn.Module]) -> Iterator[None]:
+        taken: list[nn.Module] = []
+        try:
+            with self._lock:
+                for module in modules:
+                    _, calls, before = self._held.get(id(module)) or (module, 0, self._read(module))
+                    if not calls and before != self._wanted:
+                        self._write(module, self._wanted)
+                    self._held[id(module)] = (module, calls + 1, before)
+                    taken.append(module)
+            yield
+        finally:
+            with self._lock:
+                for module in taken:
+                    _, calls, before = self._held.pop(id(module))
+                    if calls > 1:
+                        self._held[id(module)] = (module, calls - 1, before)
+                    elif before != self._wanted:
+                        self._write(module, before)
+
+
+def _switch(layer: Any, on: bool) -> None:
+    # B-cos v2 and later; the first B-cos code
+    (layer.set_explanation_mode if hasattr(layer, "set_explanation_mode") else layer.explanation_mode)(on)
+
+
+def _set_training(module: nn.Module, training: bool) -> None:
+    module.training = training
+
+
+_switched = _Held(lambda layer: bool(getattr(layer, "detach", False)), _switch, True)
+#: The attribute alone: a `train` or `eval` of a module's own may do more (LoRA merges its weights), and is not undone by it.
+_evaluated = _Held(lambda module: module.training, _set_training, False)
+
+
+def _has_switch(module: nn.Module) -> bool:
+    """Whether explanation mode is a setting of the module, as in the public packages, and not only of the call."""
+    if isinstance(module, DetachableModule):
+        return type(module).set_explanation_mode is not DetachableModule.set_explanation_mode
+    # the models of B-cos v2 have an `explanation_mode` too, a context manager; only layers have `detach`
+    return hasattr(module, "set_explanation_mode") or (
+        callable(getattr(module, "explanation_mode", None)) and hasattr(module, "detach")
+    )
 
 
 @contextmanager
 def explanation_mode(model: nn.Module) -> Iterator[nn.Module]:
     """Inside the block the model's backward pass sees the linear map that its forward pass applied.
 
-    Every module with ``set_explanation_mode`` (ours, and those of the public B-cos packages) is switched, and put back as it
-    was. Blocks may be nested. Gradients of a forward pass made inside the block stay what they are after it.
+    The mode belongs to the calling thread or asyncio task: elsewhere the same model can be trained meanwhile. Blocks may be
+    nested, and may end in any order. Gradients of a forward pass made inside the block stay what they are after it. A copy of
+    the model that is made inside is not in explanation mode, and threads that are started inside are not.
+
+    Layers of other packages (``set_explanation_mode``) have a switch that all threads share: it is on while any block
+    is open, and then put back. Such a model must not be trained in another thread meanwhile; explain a copy of it.
 
     Raises:
-        ValueError: the model has no such module: it is no B-cos network.
+        ValueError: the model has no such layer: it is no B-cos network.
     """
-    layers: list[Any] = [m for m in model.modules() if hasattr(m, "set_explanation_mode")]
-    if not layers:
+    with _explaining(model, input_only=False):
+        yield model
+
+
+@contextmanager
+def _explaining(model: nn.Module, *, input_only: bool) -> Iterator[None]:
+    ours = tuple(m for m in model.modules() if isinstance(m, DetachableModule))
+    switched = [m for m in model.modules() if _has_switch(m)]
+    if not ours and not switched:
         raise ValueError(
             f"model: {type(model).__name__} has no layer with an explanation mode; convert it with bcosify"
         )
-    before = [bool(getattr(m, "detach", False)) for m in layers]
-    try:
-        for layer in layers:
-            layer.set_explanation_mode(True)
-        yield model
-    finally:
-        for layer, was in zip(layers, before, strict=True):
-            layer.set_explanation_mode(was)
+    with explained(ours, input_only=input_only), _switched(switched):
+        yield
 
 
 @dataclass(frozen=True)
@@ -109,6 +174,8 @@ def explain(model: nn.Module, images: Tensor, targets: Tensor | Sequence[int] | 
     """Explain one logit for each image of a batch, in one forward and one backward pass.
 
     The model is explained in evaluation mode. Its mode, its parameters' gradients and ``requires_grad`` are left as found.
+    Threads may explain one model at the same time, and train it meanwhile if it is in evaluation mode. A model in training
+    mode is put into evaluation mode while any explanation of it is computed: to train it meanwhile, explain a copy.
 
     Args:
         model: a B-cos network with logits ``[N, K]``.
@@ -124,7 +191,12 @@ def explain(model: nn.Module, images: Tensor, targets: Tensor | Sequence[int] | 
         raise TypeError(f"images must be a tensor of a floating dtype with values in [0, 1]; got {got}")
     if images.dim() != 4 or images.shape[1] not in (3, 6):
         raise ValueError(f"images must be [N, 6, H, W] or [N, 3, H, W]; got {list(images.shape)}")
-    with torch.inference_mode(False), torch.enable_grad(), explanation_mode(model), _frozen(model):
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        _evaluated(model.modules()),
+        _explaining(model, input_only=True),
+    ):
         x = (AddInverse()(images.detach()) if images.shape[1] == 3 else images.detach().clone()).requires_grad_()
         logits = model(x)
         if not isinstance(logits, Tensor) or logits.dim() != 2:
@@ -151,20 +223,3 @@ def _targets(targets: Tensor | Sequence[int] | int | None, logits: Tensor) -> Te
     if n and not (0 <= int(chosen.min()) and int(chosen.max()) < classes):
         raise ValueError(f"targets must be between 0 and {classes - 1}; got {chosen.tolist()}")
     return chosen.long()
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and no gradients for parameters: the backward pass then computes the input's alone."""
-    modes = [(m, m.training) for m in model.modules()]
-    wanted: list[Any] = [p for p in model.parameters() if p.requires_grad]
-    try:
-        model.eval()
-        for p in wanted:
-            p.requires_grad_(False)
-        yield
-    finally:
-        for p in wanted:
-            p.requires_grad_(True)
-        for module, training in modes:
-            module.training = training

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import has_torch_function
 
 from bcos_kernels import dispatch, norm_ops, ops, reference, registration  # noqa: F401 - norm_ops: registered by the import
 from bcos_kernels.contract import Options, accumulator, conv_output_size
@@ -362,7 +363,68 @@ def layer_norm_with_squares(
     return z, sums if squares else None
 
 
+def conv2d_scaled(
+    u: Tensor,
+    x: Tensor,
+    kernel_size: Sequence[int],
+    *,
+    b: float | Tensor,
+    stride: Pair,
+    padding: Pair | str,
+    dilation: Pair,
+    groups: int,
+    max_out: int,
+    out_channels: int,
+    detach_scale: bool,
+) -> Tensor:
+    """What :func:`bcos_conv2d` makes of ``u [N, O*M, Ho, Wo]``, where something else computed the ordinary convolution of ``x``.
+
+    For the layers of this package. The result is in the dtype of ``u``.
+    """
+    _check_floating("x", x)
+    _check_rank(x, "x", 4, "[N, C, H, W]")
+    kernel, step, spacing = (kernel_size[0], kernel_size[1]), _pair("stride", stride, 1), _pair("dilation", dilation, 1)
+    norm_of, _, pad = _resolve_padding(x, None, padding, kernel, step, spacing)
+    size = conv_output_size((norm_of.shape[2], norm_of.shape[3]), kernel, step, pad, spacing)
+    _check_output(u, [x.shape[0], out_channels * max_out, *size], x)
+    acc = accumulator(u.dtype)
+    y = reference.conv2d_scaled(
+        u.to(acc),
+        norm_of.to(acc),
+        kernel,
+        b=b,
+        stride=step,
+        padding=pad,
+        dilation=spacing,
+        groups=groups,
+        max_out=max_out,
+        detach_scale=detach_scale,
+    )
+    return y.to(u.dtype)
+
+
+def linear_scaled(
+    u: Tensor, x: Tensor, *, b: float | Tensor, max_out: int, out_features: int, detach_scale: bool
+) -> Tensor:
+    """What :func:`bcos_linear` makes of ``u [..., O*M]``, where something else computed the ordinary linear layer of ``x``."""
+    _check_floating("x", x)
+    _check_output(u, [*x.shape[:-1], out_features * max_out], x)
+    acc = accumulator(u.dtype)
+    return reference.linear_scaled(u.to(acc), x.to(acc), b=b, max_out=max_out, detach_scale=detach_scale).to(u.dtype)
+
+
 # ---- checks
+
+
+def is_special(weight: Tensor) -> bool:
+    """Whether the tensor is of a class that computes in its own way (quantised weights), unlike ``nn.Parameter``."""
+    return has_torch_function((weight,))
+
+
+def _check_output(u: Tensor, shape: list[int], x: Tensor) -> None:
+    if not isinstance(u, Tensor) or list(u.shape) != shape:
+        got = _shape(u) if isinstance(u, Tensor) else type(u).__name__
+        raise ValueError(f"linear: the layer inside must give {shape} for x {_shape(x)}; got {got}")
 
 
 def _shape(t: Tensor) -> str:

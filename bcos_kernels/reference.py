@@ -166,10 +166,38 @@ def conv2d(
     """
     weight = unit_rows(weight) if normalize_weight else weight
     u = F.conv2d(x, weight, bias, tuple(stride), tuple(padding), tuple(dilation), groups)
+    return conv2d_scaled(
+        u,
+        x,
+        weight.shape[2:],
+        b=b,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+        max_out=max_out,
+        detach_scale=detach_scale,
+    )
+
+
+def conv2d_scaled(
+    u: Tensor,
+    x: Tensor,
+    kernel_size: Sequence[int],
+    *,
+    b: float | Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    max_out: int,
+    detach_scale: bool,
+) -> Tensor:
+    """:func:`conv2d` from the result ``u [N, O*M, Ho, Wo]`` of the ordinary convolution: MaxOut and the scale."""
     linear = max_out_channels(u, max_out, 1)
     if not isinstance(b, Tensor) and b == 1:
         return linear
-    norm = patch_norm(x, weight.shape[2:], stride, padding, dilation, groups)
+    norm = patch_norm(x, kernel_size, stride, padding, dilation, groups)
     norm = norm.repeat_interleave(linear.shape[1] // groups, dim=1) if groups > 1 else norm
     return apply_scale(linear, norm, b, detach=detach_scale)
 
@@ -186,7 +214,12 @@ def linear(
 ) -> Tensor:
     """B-cos linear layer: ``x [..., C]``, ``weight [O*M, C]``, ``bias [O*M]``, result ``[..., O]``."""
     weight = unit_rows(weight) if normalize_weight else weight
-    out = max_out_channels(F.linear(x, weight, bias), max_out, -1)
+    return linear_scaled(F.linear(x, weight, bias), x, b=b, max_out=max_out, detach_scale=detach_scale)
+
+
+def linear_scaled(u: Tensor, x: Tensor, *, b: float | Tensor, max_out: int, detach_scale: bool) -> Tensor:
+    """:func:`linear` from the result ``u [..., O*M]`` of the ordinary linear layer: MaxOut and the scale."""
+    out = max_out_channels(u, max_out, -1)
     if not isinstance(b, Tensor) and b == 1:
         return out
     return apply_scale(out, row_norm(x), b, detach=detach_scale)

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook  # there is no public name for it
+
+from bcos_kernels.context import Stack
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody wants to see, or change, what goes into the module or comes out of it."""
+    """Whether somebody wants to see, or change, what goes into the module or comes out of it; or into every module."""
     return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or _has_any_global_hook()
     )
 
 
@@ -19,13 +28,66 @@ def runs(module: nn.Module, forward: Callable[..., Tensor]) -> bool:
     return getattr(module.forward, "__func__", None) is forward
 
 
-class DetachableModule(nn.Module):
-    """A layer whose input-dependent factor can be taken as a constant by the backward pass.
+@dataclass(frozen=True, eq=False)
+class _Explained:
+    """The layers that are in explanation mode in this thread or task.
 
-    The names ``detach`` and ``set_explanation_mode`` are those of the public B-cos code, whose tools look for them.
+    They are told by their ids: torch.compile guards a tuple of numbers, but not what is in a set of modules. ``layers`` keeps
+    them alive, so that no other layer gets such an id. ``input_only``: parameters get no gradient.
     """
 
-    detach: bool = False
+    ids: tuple[int, ...]
+    layers: tuple[nn.Module, ...]
+    input_only: bool
+
+
+_explained: Stack[_Explained] = Stack("explained", in_backward=True)
+
+
+@contextmanager
+def explained(layers: tuple[nn.Module, ...], *, input_only: bool) -> Iterator[None]:
+    """Inside the block these layers are in explanation mode, for the calling thread or asyncio task alone."""
+    entry = _Explained(tuple(map(id, layers)), layers, input_only)
+    _explained.push(entry)
+    try:
+        yield
+    finally:
+        _explained.remove(entry)
+
+
+class DetachableModule(nn.Module):
+    """A layer whose input-dependent factor can be taken as a constant by the backward pass: explanation mode.
+
+    :func:`bcos_kernels.explanation_mode` switches it for the calling thread or asyncio task. ``set_explanation_mode`` is for
+    good and for all threads; it and ``detach`` are names of the public B-cos code, whose tools look for them.
+    """
+
+    _detach = False
+
+    @property
+    def detach(self) -> bool:
+        """Whether the layer is in explanation mode, here and now. Assigning is :meth:`set_explanation_mode`."""
+        return self._detach or self._is_explained(input_only=False)
+
+    @detach.setter
+    def detach(self, value: bool) -> None:
+        self._detach = bool(value)
 
     def set_explanation_mode(self, activate: bool = True) -> None:
         self.detach = activate
+
+    def _is_explained(self, *, input_only: bool) -> bool:
+        for entry in _explained.get():
+            if (entry.input_only or not input_only) and id(self) in entry.ids:
+                return True
+        return False
+
+    def constant(self, parameter: Tensor | None) -> Tensor | None:
+        """The parameter; without a gradient where :func:`bcos_kernels.explain` wants that of the image alone."""
+        return parameter.detach() if parameter is not None and self._is_explained(input_only=True) else parameter
+
+    def _replicate_for_data_parallel(self) -> nn.Module:
+        """A replica of ``nn.DataParallel`` is another object and runs in another thread: it keeps the mode itself."""
+        replica: DetachableModule = super()._replicate_for_data_parallel()  # type: ignore[assignment]
+        replica._detach = self.detach
+        return replica
