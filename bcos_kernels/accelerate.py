@@ -195,7 +195,8 @@ class _BcosStandIn(_StandIn):
         )
 
     def with_squares(self, x: Tensor, squares: Tensor | None) -> Tensor:
-        if not self._is_plain(self.linear):
+        linear: Any = self.linear
+        if not self._is_plain(linear):
             return self._theirs(x)
         return super().with_squares(x, squares)  # type: ignore[misc]  # of the class that this one is mixed into
 

@@ -13,7 +13,7 @@ from torch import _C
 T = TypeVar("T")
 
 #: torch.compile reads a context variable, and guards its value, since this version (pytorch/pytorch#186965).
-_TRACEABLE = torch.__version__ >= (2, 14)
+_TRACEABLE = torch.__version__ >= "2.14"
 
 
 class Stack(Generic[T]):

@@ -377,9 +377,9 @@ def conv2d_scaled(
     out_channels: int,
     detach_scale: bool,
 ) -> Tensor:
-    """What :func:`bcos_conv2d` makes of ``u [N, O*M, Ho, Wo]``, where something else computed the ordinary convolution of ``x``.
+    """What :func:`bcos_conv2d` makes of the result ``u [N, O*M, Ho, Wo]`` of an ordinary convolution of ``x``.
 
-    For the layers of this package. The result is in the dtype of ``u``.
+    For the layers of this package, whose inner layer may compute ``u`` in its own way. The result is in the dtype of ``u``.
     """
     _check_floating("x", x)
     _check_rank(x, "x", 4, "[N, C, H, W]")
@@ -406,7 +406,7 @@ def conv2d_scaled(
 def linear_scaled(
     u: Tensor, x: Tensor, *, b: float | Tensor, max_out: int, out_features: int, detach_scale: bool
 ) -> Tensor:
-    """What :func:`bcos_linear` makes of ``u [..., O*M]``, where something else computed the ordinary linear layer of ``x``."""
+    """What :func:`bcos_linear` makes of the result ``u [..., O*M]`` of an ordinary linear layer of ``x``."""
     _check_floating("x", x)
     _check_output(u, [*x.shape[:-1], out_features * max_out], x)
     acc = accumulator(u.dtype)

@@ -21,7 +21,15 @@ from bcos_kernels.functional import (
 from bcos_kernels.modules.detachable import DetachableModule, has_hooks
 
 #: What a convolution is told besides its weights.
-_GEOMETRY = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode", "_reversed_padding_repeated_twice")
+_GEOMETRY = (
+    "kernel_size",
+    "stride",
+    "padding",
+    "dilation",
+    "groups",
+    "padding_mode",
+    "_reversed_padding_repeated_twice",
+)
 
 
 #: The methods that make torch's layers what they are; from now on, a method that is put in their place shows.
@@ -74,8 +82,8 @@ class _BcosLayer(DetachableModule):
         weight, bias = getattr(linear, "weight", None), getattr(linear, "bias", None)
         if not isinstance(weight, Tensor) or not _runs_as_torch(linear) or is_special(weight):
             raise ValueError(
-                f"normalize_weight=True: linear is a {type(linear).__name__}, of which it is not known how its output depends "
-                "on the length of its weights; replace, wrap or shard the whole B-cos layer, or use normalize_weight=False"
+                f"normalize_weight=True: linear is a {type(linear).__name__}, and it is not known how its output depends on "
+                "the length of its weights; wrap or shard the whole B-cos layer, or use normalize_weight=False"
             )
         axes = [1] * (weight.dim() - 2)  # of the output, behind its channels
         length = torch.linalg.vector_norm(weight.flatten(1), dim=1).view(-1, *axes)

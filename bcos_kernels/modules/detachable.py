@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook  # there is no public name for it
 
 from bcos_kernels.context import Stack
+
+P = TypeVar("P", Tensor, Tensor | None)
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -77,17 +80,17 @@ class DetachableModule(nn.Module):
         self.detach = activate
 
     def _is_explained(self, *, input_only: bool) -> bool:
-        for entry in _explained.get():
-            if (entry.input_only or not input_only) and id(self) in entry.ids:
-                return True
-        return False
+        return any((entry.input_only or not input_only) and id(self) in entry.ids for entry in _explained.get())
 
-    def constant(self, parameter: Tensor | None) -> Tensor | None:
-        """The parameter; without a gradient where :func:`bcos_kernels.explain` wants that of the image alone."""
+    def constant(self, parameter: P) -> P:
+        """The parameter; without a gradient where :func:`bcos_kernels.explain` wants that of the image alone.
+
+        ``torch.autograd.grad`` tells torch's own operations what it wants, but not a Python function, which ours are.
+        """
         return parameter.detach() if parameter is not None and self._is_explained(input_only=True) else parameter
 
     def _replicate_for_data_parallel(self) -> nn.Module:
         """A replica of ``nn.DataParallel`` is another object and runs in another thread: it keeps the mode itself."""
-        replica: DetachableModule = super()._replicate_for_data_parallel()  # type: ignore[assignment]
+        replica: DetachableModule = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
         replica._detach = self.detach
         return replica

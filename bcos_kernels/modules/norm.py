@@ -93,12 +93,24 @@ class DetachableLayerNorm(nn.LayerNorm, DetachableModule):
     def forward(self, input: Tensor) -> Tensor:
         if not self.detach:
             return super().forward(input)
-        return layer_norm(input, self.normalized_shape, self.constant(self.weight), self.constant(self.bias), eps=self.eps, detach_var=True)
+        return layer_norm(
+            input,
+            self.normalized_shape,
+            self.constant(self.weight),
+            self.constant(self.bias),
+            eps=self.eps,
+            detach_var=True,
+        )
 
     def with_squares(self, input: Tensor) -> tuple[Tensor, Tensor | None]:
         """:meth:`forward`, and the sums of squares for the next B-cos layer; see :func:`bcos_kernels.bcos_linear`."""
         return layer_norm_with_squares(
-            input, self.normalized_shape, self.constant(self.weight), self.constant(self.bias), eps=self.eps, detach_var=self.detach
+            input,
+            self.normalized_shape,
+            self.constant(self.weight),
+            self.constant(self.bias),
+            eps=self.eps,
+            detach_var=self.detach,
         )
 
 
