@@ -16,6 +16,8 @@ from bcos_kernels.modules import (
     DetachableGroupNorm2d,
     DetachableLayerNorm,
     LogitLayer,
+    convert_sync_batchnorm,
+    update_bn,
 )
 
 __all__ = [
@@ -38,10 +40,12 @@ __all__ = [
     "bcos_conv2d",
     "bcos_linear",
     "bcosify",
+    "convert_sync_batchnorm",
     "deaccelerate",
     "explain",
     "explanation_mode",
     "layer_norm",
     "set_default_backend",
+    "update_bn",
     "use_backend",
 ]
