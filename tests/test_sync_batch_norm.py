@@ -84,7 +84,7 @@ def test_averaged_weights_get_new_statistics() -> None:
     bk.update_bn([(b, 0) for b in batches], model)
     assert_close(model[1].running_var, expected, OUTPUT)
     assert not torch.equal(model[2].running_mean, torch.zeros(4))
-    assert [m.training for m in model.modules()] == [False] * 4
+    assert [m.training for m in model.modules()] == [False] * 5
     assert model[1].momentum == 0.1
 
 

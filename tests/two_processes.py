@@ -49,7 +49,7 @@ def run(model: nn.Module, parts: list[Tensor], *, explained: bool = False) -> di
 
 def steps(model: nn.Module, x: Tensor, processes: int) -> list[Tensor]:
     """Losses of plain training, the same on every process; gradients of processes are averaged."""
-    optimiser = torch.optim.SGD(model.parameters(), lr=1e-5 / processes)
+    optimiser = torch.optim.SGD(model.parameters(), lr=1e-5)
     losses = []
     for _ in range(3):
         loss = model(x).square().sum()
