@@ -30,7 +30,7 @@ from bcos_kernels.modules import (
     DetachableModule,
 )
 from bcos_kernels.modules.attention import SimpleViTAttention
-from bcos_kernels.modules.detachable import has_hooks
+from bcos_kernels.modules.detachable import has_hooks, has_switch, switch
 
 log = logging.getLogger("bcos_kernels")
 
@@ -226,6 +226,20 @@ class _Linear(_BcosStandIn, BcosLinear):  # type: ignore[misc]
     pass
 
 
+class _ScaledConv2d(_Conv2d):
+    """The first B-cos code's: the result is divided by a constant, ``scale``."""
+
+    def with_squares(self, x: Tensor, squares: Tensor | None) -> Tensor:
+        if not self._is_plain(self.linear):
+            return self._theirs(x)
+        y: Tensor = super().with_squares(x, squares) / self.source.scale
+        return y
+
+    def explanation_mode(self, detach: bool = True) -> None:
+        """That code's name for ``set_explanation_mode``."""
+        self.detach = detach
+
+
 class _FlatConv2d(_Conv2d):
     """For a B-cos layer that is a convolution, instead of having one."""
 
@@ -282,7 +296,7 @@ class _Candidate:
 
 def _is_foreign(module: nn.Module) -> bool:
     """Whether the module has an explanation mode and is not ours."""
-    return hasattr(module, "set_explanation_mode") and not type(module).__module__.startswith("bcos_kernels.")
+    return has_switch(module) and not type(module).__module__.startswith("bcos_kernels.")
 
 
 def _stand_in(module: nn.Module, path: str, report: Acceleration) -> nn.Module | None:
@@ -325,7 +339,8 @@ def _candidates(module: Any) -> Iterator[_Candidate]:
     if hasattr(module, "b") and isinstance(linear, (nn.Conv2d, nn.Linear)):
         flat = linear is module
         if isinstance(linear, nn.Conv2d):
-            kind: type[_BcosStandIn] = _FlatConv2d if flat else _Conv2d
+            scaled = isinstance(getattr(module, "scale", None), (int, float))
+            kind: type[_BcosStandIn] = _FlatConv2d if flat else _ScaledConv2d if scaled else _Conv2d
             padding = (0, 0) if isinstance(linear.padding, str) else linear.padding
             sides = (  # two windows each way, padding among them, so that a large layer costs little
                 max(d * (k - 1) + 1 + s - p, 1)
@@ -367,7 +382,7 @@ def _difference(theirs: Any, ours: _StandIn, shape: tuple[int, ...]) -> str | No
             for layer in (theirs, ours):
                 _restore(theirs, buffers)
                 layer.train(training)
-                theirs.set_explanation_mode(detach)
+                switch(theirs, detach)
                 results.append(_run(layer, x) + [b.clone() for b in theirs.buffers() if b.is_floating_point()])
             if [r.shape for r in results[0]] != [r.shape for r in results[1]]:
                 return "its output has another shape than ours"
@@ -380,7 +395,7 @@ def _difference(theirs: Any, ours: _StandIn, shape: tuple[int, ...]) -> str | No
         return f"it could not be compared with ours: {type(error).__name__}: {error}"
     finally:
         _restore(theirs, buffers)
-        theirs.set_explanation_mode(detached)
+        switch(theirs, detached)
         for module, training in trained:
             module.training = training
         ours.training = theirs.training

@@ -5,21 +5,28 @@ Source: B-cos Networks (arXiv 2205.10268); the colour picture is the one of its 
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bcos_kernels.modules import AddInverse, DetachableModule
-from bcos_kernels.modules.detachable import explained
+from bcos_kernels.contract import accumulator
+from bcos_kernels.modules import AddInverse, BcosConv2d, DetachableModule, Normalize
+from bcos_kernels.modules.detachable import explained, has_switch, switch
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+#: How far images may leave [0, 1]: what resizing them overshoots.
+_EXCESS = 0.1
+#: As many classes as `repr` names.
+_SHOWN = 8
 
 
 class _Held:
@@ -56,28 +63,13 @@ class _Held:
                         self._write(module, before)
 
 
-def _switch(layer: Any, on: bool) -> None:
-    # B-cos v2 and later; the first B-cos code
-    (layer.set_explanation_mode if hasattr(layer, "set_explanation_mode") else layer.explanation_mode)(on)
-
-
 def _set_training(module: nn.Module, training: bool) -> None:
     module.training = training
 
 
-_switched = _Held(lambda layer: bool(getattr(layer, "detach", False)), _switch, True)
+_switched = _Held(lambda layer: bool(getattr(layer, "detach", False)), switch, True)
 #: The attribute alone: a `train` or `eval` of a module's own may do more (LoRA merges its weights), and is not undone by it.
 _evaluated = _Held(lambda module: module.training, _set_training, False)
-
-
-def _has_switch(module: nn.Module) -> bool:
-    """Whether explanation mode is a setting of the module, as in the public packages, and not only of the call."""
-    if isinstance(module, DetachableModule):
-        return type(module).set_explanation_mode is not DetachableModule.set_explanation_mode
-    # the models of B-cos v2 have an `explanation_mode` too, a context manager; only layers have `detach`
-    return hasattr(module, "set_explanation_mode") or (
-        callable(getattr(module, "explanation_mode", None)) and hasattr(module, "detach")
-    )
 
 
 @contextmanager
@@ -88,7 +80,7 @@ def explanation_mode(model: nn.Module) -> Iterator[nn.Module]:
     nested, and may end in any order. Gradients of a forward pass made inside the block stay what they are after it. A copy of
     the model that is made inside is not in explanation mode, and threads that are started inside are not.
 
-    Layers of other packages (``set_explanation_mode``) have a switch that all threads share: it is on while any block
+    Layers of other packages have a switch that all threads share: it is on while any block
     is open, and then put back. Such a model must not be trained in another thread meanwhile; explain a copy of it.
 
     Raises:
@@ -101,7 +93,7 @@ def explanation_mode(model: nn.Module) -> Iterator[nn.Module]:
 @contextmanager
 def _explaining(model: nn.Module, *, input_only: bool) -> Iterator[None]:
     ours = tuple(m for m in model.modules() if isinstance(m, DetachableModule))
-    switched = [m for m in model.modules() if _has_switch(m)]
+    switched = [m for m in model.modules() if has_switch(m)]
     if not ours and not switched:
         raise ValueError(
             f"model: {type(model).__name__} has no layer with an explanation mode; convert it with bcosify"
@@ -110,59 +102,85 @@ def _explaining(model: nn.Module, *, input_only: bool) -> Iterator[None]:
         yield
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Explanation:
     """What :func:`explain` returns. All tensors are detached and on the model's device."""
 
-    #: the input, ``[N, 6, H, W]``
+    #: what the network saw, ``[N, C, H, W]``; 6 channels: an RGB image and one minus it
     images: Tensor
     #: the model's output, ``[N, K]``
     logits: Tensor
     #: the explained class of each image, ``[N]``, int64
     targets: Tensor
-    #: W(x): the dynamic linear weights of the explained logit, ``[N, 6, H, W]``
+    #: W(x): the dynamic linear weights of the explained logit, ``[N, C, H, W]``
     weights: Tensor
+
+    def __repr__(self) -> str:
+        targets = self.targets[:_SHOWN].tolist()
+        more = f", and {n} more" if (n := len(self.targets) - _SHOWN) > 0 else ""
+        dtype = str(self.weights.dtype).removeprefix("torch.")
+        return (
+            f"Explanation(images={list(self.images.shape)}, logits={list(self.logits.shape)}, targets={targets}{more}, "
+            f"{dtype}, {self.weights.device})"
+        )
 
     @property
     def contributions(self) -> Tensor:
         """Contribution of every location to the explained logit, ``[N, H, W]``.
 
         They sum to the logit less its bias. Where the network normalises its input (as ``bcosify`` networks do), what the
-        subtracted mean contributes is missing from the sum: the map is linear in the normalised image.
+        subtracted mean contributes is missing from the sum: the map is linear in the normalised image. The same holds for
+        the constant one of the inverse channels, where the network adds them itself.
         """
         return (self.images * self.weights).sum(1)
 
     def rgba(self, *, smooth: int = 15, percentile: float = 99.5) -> Tensor:
         """The colour pictures, ``[N, H, W, 4]`` in [0, 1], in the dtype of the weights.
 
-        Colour: the direction of the weights; opacity: their length, where they contribute positively.
+        Colour: the direction of the weights; opacity: their length, where they contribute positively; 0 where all weights of
+        an image are. An image of one channel (two with its inverse) has a grey picture.
 
         Args:
             smooth: side of the box that smooths the opacity; odd, 1 for none.
             percentile: in [0, 100]; the opacity of each image reaches 1 at this percentile.
 
         Raises:
-            ValueError: ``smooth`` is even or below 1, or ``percentile`` outside [0, 100].
+            ValueError: ``smooth`` is even or below 1, or ``percentile`` outside [0, 100]; the network sees something else
+                than a grey or RGB image and its inverse.
         """
         if smooth < 1 or smooth % 2 == 0:
             raise ValueError(f"smooth must be odd and at least 1; got {smooth}")
         if not 0 <= percentile <= 100:
             raise ValueError(f"percentile must be between 0 and 100; got {percentile}")
-        w = self.weights
+        if not self.has_colours:
+            raise ValueError(
+                f"rgba() needs 6 channels, an RGB image and its inverse, or 2; the network saw {self.weights.shape[1]}; use "
+                "the contributions"
+            )
+        w = self.weights.to(accumulator(self.weights.dtype))
         colour = (w / (w.abs().amax(1, keepdim=True) + 1e-12)).clamp(min=0)
         rgb, inverse = colour.chunk(2, dim=1)
-        rgb = rgb / (rgb + inverse + 1e-12)
+        rgb = (rgb / (rgb + inverse + 1e-12)).expand(-1, 3, -1, -1)
         alpha = torch.linalg.vector_norm(w, dim=1, keepdim=True)
-        alpha = torch.where(self.contributions[:, None] < 0, 1e-12, alpha)
-        alpha = F.avg_pool2d(alpha, smooth, stride=1, padding=smooth // 2)
-        cut = torch.quantile(alpha.flatten(1), percentile / 100, dim=1)
-        alpha = (alpha / cut[:, None, None, None]).clamp(0, 1)
-        return torch.cat([rgb, alpha], dim=1).permute(0, 2, 3, 1)
+        alpha = torch.where((self.images * w).sum(1, keepdim=True) < 0, 1e-12, alpha)
+        if alpha.numel():
+            alpha = F.avg_pool2d(alpha, smooth, stride=1, padding=smooth // 2)
+            cut = quantile(alpha.flatten(1), percentile / 100)
+            alpha = torch.where(alpha > 0, alpha / cut[:, None, None, None], 0).clamp(0, 1)
+        return torch.cat([rgb, alpha], dim=1).permute(0, 2, 3, 1).to(self.weights.dtype)
 
-    def plot(self, *, smooth: int = 15, class_names: Sequence[str] | None = None) -> Figure:
+    @property
+    def has_colours(self) -> bool:
+        """Whether the network saw an image and its inverse, which :meth:`rgba` makes colours of."""
+        return self.weights.shape[1] in (2, 6)
+
+    def plot(self, *, smooth: int = 15, class_names: Sequence[str] | Mapping[int, str] | None = None) -> Figure:
         """A matplotlib figure: a row per image with the image, its colour picture and its contribution map.
 
+        Without the colour picture where there is none; see :meth:`rgba`. ``class_names``: by class, a sequence or mapping.
+
         Raises:
+            ValueError: ``class_names`` has none for an explained class.
             ModuleNotFoundError: matplotlib is not installed; the message says how to get it.
         """
         from bcos_kernels.plotting import plot_explanation
@@ -170,7 +188,13 @@ class Explanation:
         return plot_explanation(self, smooth=smooth, class_names=class_names)
 
 
-def explain(model: nn.Module, images: Tensor, targets: Tensor | Sequence[int] | int | None = None) -> Explanation:
+def explain(
+    model: nn.Module,
+    images: Tensor,
+    targets: Tensor | Sequence[int] | int | None = None,
+    *,
+    add_inverse: bool | Literal["auto"] = "auto",
+) -> Explanation:
     """Explain one logit for each image of a batch, in one forward and one backward pass.
 
     The model is explained in evaluation mode. Its mode, its parameters' gradients and ``requires_grad`` are left as found.
@@ -179,32 +203,92 @@ def explain(model: nn.Module, images: Tensor, targets: Tensor | Sequence[int] | 
 
     Args:
         model: a B-cos network with logits ``[N, K]``.
-        images: ``[N, 6, H, W]`` in [0, 1], or ``[N, 3, H, W]``, which gets its inverse channels; in the dtype and on the
-            device of the model.
+        images: ``[N, C, H, W]`` in [0, 1], with or without their inverse channels (for RGB, 6 or 3 channels); in the dtype
+            and on the device of the model. Not normalised: networks made by ``bcosify`` do that themselves.
         targets: the class to explain: one for all, one for each image, or None for the predicted ones.
+        add_inverse: whether the network gets the inverse channels ``1 - images`` too. "auto": where it has twice as many
+            channels as the images, unless it adds them itself. False: the network gets the images as they are, which then
+            may have any finite values, such as normalised ones.
 
     Raises:
         TypeError, ValueError: images or targets that do not fit; no B-cos network.
     """
-    if not isinstance(images, Tensor) or not images.is_floating_point():
-        got = str(images.dtype) if isinstance(images, Tensor) else type(images).__name__
-        raise TypeError(f"images must be a tensor of a floating dtype with values in [0, 1]; got {got}")
-    if images.dim() != 4 or images.shape[1] not in (3, 6):
-        raise ValueError(f"images must be [N, 6, H, W] or [N, 3, H, W]; got {list(images.shape)}")
+    if add_inverse not in (True, False, "auto"):
+        raise ValueError(f'add_inverse must be True, False or "auto"; got {add_inverse!r}')
+    _check_images(images, any_value=add_inverse is False)
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
         _evaluated(model.modules()),
         _explaining(model, input_only=True),
     ):
-        x = (AddInverse()(images.detach()) if images.shape[1] == 3 else images.detach().clone()).requires_grad_()
-        logits = model(x)
+        x, logits = _run(model, _inputs(model, images.detach().clone(), add_inverse))
         if not isinstance(logits, Tensor) or logits.dim() != 2:
             shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise ValueError(f"model must return logits [N, K]; got {shape}")
         chosen = _targets(targets, logits)
         weights = torch.autograd.grad(logits.gather(1, chosen[:, None]).sum(), x)[0]
     return Explanation(x.detach(), logits.detach(), chosen, weights.detach())
+
+
+def _check_images(images: Tensor, *, any_value: bool) -> None:
+    if not isinstance(images, Tensor) or not images.is_floating_point():
+        got = str(images.dtype) if isinstance(images, Tensor) else type(images).__name__
+        raise TypeError(f"images must be a tensor of a floating dtype with values in [0, 1]; got {got}")
+    if images.dim() != 4:
+        raise ValueError(f"images must be [N, 6, H, W] or [N, 3, H, W]; got {list(images.shape)}")
+    if not images.numel():
+        return
+    low, high = (float(v) for v in images.detach().aminmax())
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ValueError("images must be finite; they hold NaN or infinity")
+    if not any_value and not (-_EXCESS <= low and high <= 1 + _EXCESS):
+        raise ValueError(
+            f"images must be in [0, 1]; they are in [{low:.4g}, {high:.4g}]; divide those of 0 .. 255 by 255, and do not "
+            "normalise them (add_inverse=False is for networks that see other values)"
+        )
+
+
+def _inputs(model: nn.Module, images: Tensor, add_inverse: bool | Literal["auto"]) -> Iterator[Tensor]:
+    """What to give to the network; further ones are for when it does not take the first."""
+    if add_inverse != "auto":
+        yield AddInverse()(images) if add_inverse else images
+        return
+    got, wanted = images.shape[1], _channels(model)
+    if wanted is not None and wanted not in (got, 2 * got):
+        layouts = f"[N, {wanted}, H, W]" + (f" or [N, {wanted // 2}, H, W]" if wanted % 2 == 0 else "")
+        raise ValueError(
+            f"images must be {layouts}; got {list(images.shape)} (add_inverse=True or False: whatever the first layer takes)"
+        )
+    if wanted == 2 * got or (wanted is None and got == 3):
+        yield AddInverse()(images)
+    yield images
+
+
+def _channels(model: nn.Module) -> int | None:
+    """How many channels the network sees, by its normalisation or its first convolution; None if it has neither."""
+    for module in model.modules():
+        if isinstance(module, Normalize):
+            return module.channels
+        if isinstance(module, (nn.Conv2d, BcosConv2d)) and isinstance(getattr(module, "in_channels", None), int):
+            return module.in_channels
+    return None
+
+
+def _run(model: nn.Module, inputs: Iterator[Tensor]) -> tuple[Tensor, Any]:
+    """Input and output. A network that adds the inverse channels itself does not take them, and gets the image alone."""
+    x = next(inputs).requires_grad_()
+    try:
+        return x, model(x)
+    except (RuntimeError, ValueError):
+        alone = next(inputs, None)
+        if alone is None:
+            raise
+        try:
+            return (x := alone.requires_grad_()), model(x)
+        except (RuntimeError, ValueError):
+            pass  # the first one says what is wrong
+        raise
 
 
 def _targets(targets: Tensor | Sequence[int] | int | None, logits: Tensor) -> Tensor:
@@ -223,3 +307,10 @@ def _targets(targets: Tensor | Sequence[int] | int | None, logits: Tensor) -> Te
     if n and not (0 <= int(chosen.min()) and int(chosen.max()) < classes):
         raise ValueError(f"targets must be between 0 and {classes - 1}; got {chosen.tolist()}")
     return chosen.long()
+
+
+def quantile(x: Tensor, q: float) -> Tensor:
+    """``torch.quantile(x, q, dim=1)`` of ``[N, L]``, which takes no more than 16 million numbers."""
+    place = q * (x.shape[1] - 1)
+    below, above = (x.kthvalue(int(i) + 1, dim=1).values for i in (math.floor(place), math.ceil(place)))
+    return below.lerp(above, place - math.floor(place))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook  # there is no public name for it
@@ -56,6 +56,22 @@ def explained(layers: tuple[nn.Module, ...], *, input_only: bool) -> Iterator[No
         yield
     finally:
         _explained.remove(entry)
+
+
+def has_switch(module: nn.Module) -> bool:
+    """Whether explanation mode is a setting of the module, as in other packages, and not only of the call."""
+    if isinstance(module, DetachableModule):
+        return type(module).set_explanation_mode is not DetachableModule.set_explanation_mode
+    # Layers of the first B-cos code have `explanation_mode(detach)`; models of the later ones have a context manager of
+    # that name, but no `detach`.
+    return hasattr(module, "set_explanation_mode") or (
+        callable(getattr(module, "explanation_mode", None)) and hasattr(module, "detach")
+    )
+
+
+def switch(module: Any, on: bool) -> None:
+    """Sets the explanation mode of a module that :func:`has_switch`."""
+    (module.set_explanation_mode if hasattr(module, "set_explanation_mode") else module.explanation_mode)(on)
 
 
 class DetachableModule(nn.Module):

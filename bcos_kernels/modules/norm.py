@@ -102,7 +102,6 @@ class BatchNormUncentered2d(_NormBase, DetachableModule):
             squares=squares,
         )
 
-
     def _over_all_processes(self, input: Tensor, residual: Tensor | None, relu: bool, momentum: float) -> Tensor:
         """:meth:`followed`, with the variance about the mean of all processes' batches. A process may have no images."""
         x = input.to(accumulator(input.dtype))
@@ -143,12 +142,15 @@ def convert_sync_batchnorm(model: nn.Module, process_group: dist.ProcessGroup | 
     for path, module in model.named_modules():
         if isinstance(module, BatchNormUncentered2d):
             module.synchronised, module.process_group = True, process_group
-        elif isinstance(module, _BatchNorm) and not isinstance(module, nn.SyncBatchNorm):
-            if type(module).forward is not _BatchNorm.forward or "forward" in vars(module):
-                raise ValueError(
-                    f"model: {path or 'it'} is a {type(module).__name__} with a forward pass of its own, which SyncBatchNorm "
-                    "would not have; accelerate() first, if it is a norm of a B-cos package"
-                )
+        elif (
+            isinstance(module, _BatchNorm)
+            and not runs(module, _BatchNorm.forward)
+            and not isinstance(module, nn.SyncBatchNorm)
+        ):
+            raise ValueError(
+                f"model: {path or 'it'} is a {type(module).__name__} with a forward pass of its own, which SyncBatchNorm "
+                "would not have; accelerate() first, if it is a norm of a B-cos package"
+            )
     return nn.SyncBatchNorm.convert_sync_batchnorm(model, process_group)
 
 
