@@ -372,7 +372,9 @@ def _difference(theirs: Any, ours: _StandIn, shape: tuple[int, ...]) -> str | No
     """None where both layers compute the same in both modes, else what differs. Leaves no trace on either."""
     tensors = [t for t in (*theirs.parameters(), *theirs.buffers()) if t.is_floating_point()]
     device, dtype = (tensors[0].device, tensors[0].dtype) if tensors else (torch.device("cpu"), torch.float64)
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(device, dtype)
+    # on a device of its own: the default one may be another, even one without values
+    generator = torch.Generator("cpu").manual_seed(0)
+    x = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(device, dtype)
     buffers = {name: b.clone() for name, b in theirs.named_buffers()}
     modes = [(training, detach) for training in ((False, True) if buffers else (False,)) for detach in (False, True)]
     detached, trained = bool(theirs.detach), [(m, m.training) for m in theirs.modules()]
@@ -387,7 +389,7 @@ def _difference(theirs: Any, ours: _StandIn, shape: tuple[int, ...]) -> str | No
             if [r.shape for r in results[0]] != [r.shape for r in results[1]]:
                 return "its output has another shape than ours"
             errors = [_relative_error(a, e) for e, a in zip(*results, strict=True)]
-            error = torch.tensor(errors, dtype=torch.float64).max().item()  # Python's max may lose a NaN
+            error = torch.tensor(errors, dtype=torch.float64, device="cpu").max().item()  # Python's max may lose a NaN
             if not error <= _AGREEMENT.get(dtype, 0.0):
                 mode = f"{'training' if training else 'evaluation'}, explanation mode {'on' if detach else 'off'}"
                 return f"it does not compute what ours computes (relative difference {error:.1e} in {mode})"
@@ -413,7 +415,7 @@ def _run(layer: nn.Module, x: Tensor) -> list[Tensor]:
     leaf = x.clone().requires_grad_()
     with torch.enable_grad(), torch.inference_mode(False), torch.autocast(x.device.type, enabled=False):
         y = layer.forward(leaf)
-        upstream = torch.linspace(-1, 2, y.numel(), dtype=torch.float64).to(y).view(y.shape)
+        upstream = torch.linspace(-1, 2, y.numel(), dtype=torch.float64, device=y.device).to(y).view(y.shape)
         grad = torch.autograd.grad(y, leaf, upstream)[0]
     return [y.detach(), grad]
 

@@ -1,4 +1,8 @@
-"""The functions that users call: arguments are checked here, once, in words, and nowhere below."""
+"""The functions that users call: arguments are checked here, once, in words, and nowhere below.
+
+Each begins as torch's own functions do, so that whatever overrides those (``torch.fx`` and its proxies, tensor subclasses,
+modes) sees ours too.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +11,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch.overrides import has_torch_function
+from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function
 
 from bcos_kernels import dispatch, norm_ops, ops, reference, registration  # noqa: F401 - norm_ops: registered by the import
 from bcos_kernels.contract import Options, accumulator, conv_output_size
@@ -66,6 +70,24 @@ def bcos_conv2d(
     Source: B-cos Networks (arXiv 2205.10268); B-cos v2 (arXiv 2306.10898); B-cosification
     (arXiv 2411.00715).
     """
+    if has_torch_function(tensors := (x, weight, bias, b, squares)):
+        return handle_torch_function(
+            bcos_conv2d,
+            tensors,
+            x,
+            weight,
+            bias,
+            b=b,
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            groups=groups,
+            max_out=max_out,
+            normalize_weight=normalize_weight,
+            detach_scale=detach_scale,
+            squares=squares,
+            backend=backend,
+        )
     _check_tensors("x", x, weight=weight, bias=bias)
     stride, dilation = _pair("stride", stride, 1), _pair("dilation", dilation, 1)
     _check_rank(x, "x", 4, "[N, C, H, W]")
@@ -150,6 +172,20 @@ def bcos_linear(
     Raises:
         TypeError, ValueError, RuntimeError: as for :func:`bcos_conv2d`.
     """
+    if has_torch_function(tensors := (x, weight, bias, b, squares)):
+        return handle_torch_function(
+            bcos_linear,
+            tensors,
+            x,
+            weight,
+            bias,
+            b=b,
+            max_out=max_out,
+            normalize_weight=normalize_weight,
+            detach_scale=detach_scale,
+            squares=squares,
+            backend=backend,
+        )
     _check_tensors("x", x, weight=weight, bias=bias)
     if x.dim() < 1:
         raise ValueError("x must be [..., C]; got a scalar")
@@ -256,6 +292,23 @@ def batch_norm_with_squares(
 
     For the layers of this package, which know that the one is followed by the other.
     """
+    if has_torch_function(tensors := (x, running_var, weight, bias, residual)):
+        return handle_torch_function(
+            batch_norm_with_squares,
+            tensors,
+            x,
+            running_var,
+            weight,
+            bias,
+            training=training,
+            residual=residual,
+            relu=relu,
+            momentum=momentum,
+            eps=eps,
+            detach_var=detach_var,
+            squares=squares,
+            backend=backend,
+        )
     _check_floating("x", x)
     _check_rank(x, "x", 4, "[N, C, H, W]")
     for name, t in (("running_var", running_var), ("weight", weight), ("bias", bias)):
@@ -340,6 +393,19 @@ def layer_norm_with_squares(
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """:func:`layer_norm` over one axis, and what :func:`bcos_linear` takes as ``squares``: of the result."""
+    if has_torch_function(tensors := (x, weight, bias)):
+        return handle_torch_function(
+            layer_norm_with_squares,
+            tensors,
+            x,
+            normalized_shape,
+            weight,
+            bias,
+            eps=eps,
+            detach_var=detach_var,
+            squares=squares,
+            backend=backend,
+        )
     _check_floating("x", x)
     shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
     if not shape or x.shape[max(x.dim() - len(shape), 0) :] != shape:
@@ -417,8 +483,14 @@ def linear_scaled(
 
 
 def is_special(weight: Tensor) -> bool:
-    """Whether the tensor is of a class that computes in its own way (quantised weights), unlike ``nn.Parameter``."""
-    return has_torch_function((weight,))
+    """Whether the tensor is of a class that computes in its own way, as quantised weights do."""
+    if type(weight) in (Tensor, nn.Parameter) or isinstance(weight, torch.fx.Proxy):
+        return False
+    function = type(weight).__torch_function__
+    return (
+        function is not torch._C._disabled_torch_function_impl
+        and function.__func__ is not Tensor.__torch_function__.__func__
+    )
 
 
 def _check_output(u: Tensor, shape: list[int], x: Tensor) -> None:
@@ -445,7 +517,7 @@ def _check_device(name: str, t: Tensor, x: Tensor) -> None:
 
 def _check_tensors(first: str, x: Tensor, **others: Tensor | None) -> None:
     _check_floating(first, x)
-    autocast = torch.is_autocast_enabled(x.device.type)
+    autocast = _autocasts(x.device.type)
     for name, t in others.items():
         if t is None:
             continue
@@ -453,6 +525,11 @@ def _check_tensors(first: str, x: Tensor, **others: Tensor | None) -> None:
         _check_device(name, t, x)
         if t.dtype != x.dtype and not autocast:
             raise TypeError(f"{name} is {t.dtype}, but x is {x.dtype}; convert one, or use torch.autocast")
+
+
+def _autocasts(device_type: str) -> bool:
+    """Not every device has autocast to ask for: the meta device has none."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def _check_rank(t: Tensor, name: str, rank: int, layout: str) -> None:
@@ -556,6 +633,6 @@ def _define(
 ) -> Tensor:
     """The reference, with what autocast does to a convolution; the operators do that themselves."""
     kind = x.device.type
-    if torch.is_autocast_enabled(kind):
+    if _autocasts(kind):
         x, weight, bias = registration.autocast(kind, x, weight, bias)  # type: ignore[assignment]  # bias alone may be None
     return definition(x, weight, bias, options).to(x.dtype)

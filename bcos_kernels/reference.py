@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 #: Inside the root of the convolution's patch norm.
 PATCH_NORM_EPS = 1e-6
@@ -51,6 +52,8 @@ def scaled(value: Tensor, factor: Tensor, *, detach: bool) -> Tensor:
 
     ``factor`` must broadcast to the shape of ``value``.
     """
+    if has_torch_function((value, factor)):  # a trace of the operations inside would lose the constant
+        return handle_torch_function(scaled, (value, factor), value, factor, detach=detach)
     return _Freeze.apply(value, factor.expand_as(value)) if detach else value * factor
 
 
@@ -326,6 +329,9 @@ def attention(
     ``query [..., T, D]``, ``key [..., S, D]``, ``value [..., S, V]``, result ``[..., T, V]``. ``scale`` is ``D**-0.5`` where
     it is None; ``dropout`` is the share of the softmax's entries that are dropped.
     """
+    if has_torch_function(tensors := (query, key, value)):  # see `scaled`
+        options: dict[str, Any] = {"scale": scale, "dropout": dropout, "detach_weights": detach_weights}
+        return handle_torch_function(attention, tensors, *tensors, **options)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     weights = (query @ key.mT * scale).softmax(-1)
     weights = F.dropout(weights, dropout) if dropout else weights

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn.modules.module import _has_any_global_hook  # there is no public name for it
 
 from bcos_kernels.context import Stack
@@ -74,6 +76,19 @@ def switch(module: Any, on: bool) -> None:
     (module.set_explanation_mode if hasattr(module, "set_explanation_mode") else module.explanation_mode)(on)
 
 
+def leaf(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The forward pass, which ``torch.fx`` records as one call of the module; but for one that is traced all by itself."""
+
+    @functools.wraps(forward)
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        proxy = next((a for a in (*args, *kwargs.values()) if isinstance(a, Proxy)), None)
+        if proxy is None or self is proxy.tracer.root:
+            return forward(self, *args, **kwargs)
+        return proxy.tracer.create_proxy("call_module", proxy.tracer.path_of_module(self), args, kwargs)
+
+    return call
+
+
 class DetachableModule(nn.Module):
     """A layer whose input-dependent factor can be taken as a constant by the backward pass: explanation mode.
 
@@ -82,6 +97,12 @@ class DetachableModule(nn.Module):
     """
 
     _detach = False
+
+    def __init_subclass__(cls, **more: Any) -> None:
+        """A layer is a leaf for ``torch.fx``, whatever the tracer thinks: its mode and its statistics stay its own."""
+        super().__init_subclass__(**more)
+        if "forward" in vars(cls):
+            cls.forward = leaf(cls.forward)  # type: ignore[method-assign]
 
     @property
     def detach(self) -> bool:

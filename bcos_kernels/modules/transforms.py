@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from bcos_kernels.modules.detachable import leaf
+
 
 class AddInverse(nn.Module):
     """``[..., C, H, W]`` in [0, 1] to ``[..., 2C, H, W]``: the image and one minus it (B-cos Networks).
@@ -18,6 +20,7 @@ class AddInverse(nn.Module):
         TypeError: an integer dtype, whose 0 .. 255 has no such inverse.
     """
 
+    @leaf
     def forward(self, image: Tensor) -> Tensor:
         if image.dim() < 3:
             raise ValueError(f"image must be [..., C, H, W]; got {list(image.shape)}")
@@ -64,33 +67,34 @@ class Normalize(nn.Module):
         super().__init__()
         if len(mean) != len(std):
             raise ValueError(f"mean has {len(mean)} values, but std has {len(std)}")
-        self._mean, self._std = tuple(map(float, mean)), tuple(map(float, std))
+        self._values = {"mean": tuple(map(float, mean)), "std": tuple(map(float, std))}
         self._like = torch.empty(0, device="cpu" if torch.get_default_device().type == "meta" else None)
 
     @property
     def channels(self) -> int:
-        return len(self._mean)
+        return len(self._values["mean"])
 
     @property
     def mean(self) -> Tensor:
-        return _constant(self._mean, self._like)
+        return _constant(self._values["mean"], self._like)
 
     @property
     def std(self) -> Tensor:
-        return _constant(self._std, self._like)
+        return _constant(self._values["std"], self._like)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Normalize:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._like = fn(self._like)
         return self
 
+    @leaf
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() != 4 or x.shape[1] != self.channels:
             raise ValueError(
                 f"input must be [N, {self.channels}, H, W] with the channels (r, g, b, 1-r, 1-g, 1-b) in [0, 1]; got "
                 f"{list(x.shape)}; bcos_kernels.AddInverse makes six channels of three"
             )
-        return (x - _constant(self._mean, x)) / _constant(self._std, x)
+        return (x - _constant(self._values["mean"], x)) / _constant(self._values["std"], x)
 
     def extra_repr(self) -> str:
-        return f"mean={self._mean}, std={self._std}"
+        return "mean={mean}, std={std}".format(**self._values)
