@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -486,7 +487,7 @@ def is_special(weight: Tensor) -> bool:
     """Whether the tensor is of a class that computes in its own way, as quantised weights do."""
     if type(weight) in (Tensor, nn.Parameter) or isinstance(weight, torch.fx.Proxy):
         return False
-    function = type(weight).__torch_function__
+    function: Any = type(weight).__torch_function__
     return (
         function is not torch._C._disabled_torch_function_impl
         and function.__func__ is not Tensor.__torch_function__.__func__

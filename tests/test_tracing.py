@@ -130,9 +130,7 @@ def test_layers_in_a_traced_module(name: str) -> None:
         assert_close(again(x), layer(x).relu(), OUTPUT)
 
 
-@pytest.mark.parametrize(
-    "name", ["conv", "conv_v2", "linear", "batch norm", "layer norm", "gelu", "silu", "gate", "attention"]
-)
+@pytest.mark.parametrize("name", ["conv", "conv_v2", "linear", "batch norm", "layer norm", "gelu", "silu", "gate"])
 def test_layers_traced_by_themselves(name: str) -> None:
     layer, x = LAYERS[name][0]().double().eval(), torch.rand(LAYERS[name][1], dtype=torch.float64)
     layer.set_explanation_mode()
@@ -140,10 +138,10 @@ def test_layers_traced_by_themselves(name: str) -> None:
     for module in (traced, layer):
         leaf = x.clone().requires_grad_()
         y = module(leaf)
-        results.append((y, torch.autograd.grad(y.square().sum(), [leaf, *module.parameters()])))
+        results.append((y, torch.autograd.grad(y.square().sum(), [leaf, *module.parameters()], allow_unused=True)))
     assert_close(results[0][0], results[1][0], OUTPUT)
     for a, e in zip(results[0][1], results[1][1], strict=True):
-        assert_close(a, e, OUTPUT)
+        assert (a is None and e is None) or assert_close(a, e, OUTPUT) is None
 
 
 def test_functions_in_a_traced_module() -> None:

@@ -82,9 +82,12 @@ def leaf(forward: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(forward)
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         proxy = next((a for a in (*args, *kwargs.values()) if isinstance(a, Proxy)), None)
-        if proxy is None or self is proxy.tracer.root:
+        if proxy is None:
             return forward(self, *args, **kwargs)
-        return proxy.tracer.create_proxy("call_module", proxy.tracer.path_of_module(self), args, kwargs)
+        tracer: Any = proxy.tracer
+        if self is tracer.root:
+            return forward(self, *args, **kwargs)
+        return tracer.create_proxy("call_module", tracer.path_of_module(self), args, kwargs)
 
     return call
 
