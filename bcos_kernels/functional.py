@@ -487,11 +487,10 @@ def is_special(weight: Tensor) -> bool:
     """Whether the tensor is of a class that computes in its own way, as quantised weights do."""
     if type(weight) in (Tensor, nn.Parameter) or isinstance(weight, torch.fx.Proxy):
         return False
-    function: Any = type(weight).__torch_function__
-    return (
-        function is not torch._C._disabled_torch_function_impl
-        and function.__func__ is not Tensor.__torch_function__.__func__
-    )
+    own: Any
+    plain: Any
+    own, plain = type(weight).__torch_function__, Tensor.__torch_function__
+    return own is not torch._C._disabled_torch_function_impl and own.__func__ is not plain.__func__
 
 
 def _check_output(u: Tensor, shape: list[int], x: Tensor) -> None:

@@ -81,13 +81,12 @@ def leaf(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(forward)
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        proxy = next((a for a in (*args, *kwargs.values()) if isinstance(a, Proxy)), None)
-        if proxy is None:
-            return forward(self, *args, **kwargs)
-        tracer: Any = proxy.tracer
-        if self is tracer.root:
-            return forward(self, *args, **kwargs)
-        return tracer.create_proxy("call_module", tracer.path_of_module(self), args, kwargs)
+        for argument in (*args, *kwargs.values()) if kwargs else args:
+            if isinstance(argument, Proxy):
+                tracer: Any = argument.tracer
+                if self is not tracer.root:
+                    return tracer.create_proxy("call_module", tracer.path_of_module(self), args, kwargs)
+        return forward(self, *args, **kwargs)
 
     return call
 
@@ -120,7 +119,10 @@ class DetachableModule(nn.Module):
         self.detach = activate
 
     def _is_explained(self, *, input_only: bool) -> bool:
-        return any((entry.input_only or not input_only) and id(self) in entry.ids for entry in _explained.get())
+        entries = _explained.get()
+        if not entries:  # every layer asks at every call
+            return False
+        return any((entry.input_only or not input_only) and id(self) in entry.ids for entry in entries)
 
     def constant(self, parameter: P) -> P:
         """The parameter; without a gradient where :func:`bcos_kernels.explain` wants that of the image alone.
