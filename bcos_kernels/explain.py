@@ -198,8 +198,9 @@ def explain(
     """Explain one logit for each image of a batch, in one forward and one backward pass.
 
     The model is explained in evaluation mode. Its mode, its parameters' gradients and ``requires_grad`` are left as found.
-    Threads may explain one model at the same time, and train it meanwhile if it is in evaluation mode. A model in training
-    mode is put into evaluation mode while any explanation of it is computed: to train it meanwhile, explain a copy.
+    Threads may explain one model at the same time, and compute gradients with it meanwhile if it is in evaluation mode; an
+    optimiser's step in the middle of an explanation makes that raise. A model in training mode is put into evaluation mode
+    while any explanation of it is computed: to train it meanwhile, explain a copy.
 
     Args:
         model: a B-cos network with logits ``[N, K]``.

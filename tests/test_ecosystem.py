@@ -47,7 +47,6 @@ def test_captum(model: Any, images: Tensor) -> None:
 
 def test_grad_cam(model: Any, images: Tensor) -> None:
     package = pytest.importorskip("pytorch_grad_cam")
-    targets = class_one()
     for layer in (model.model.layer4, model.model.layer4[0].conv2.linear):
         tool = package.GradCAM(model, [layer])
         tool(input_tensor=images, targets=class_one())
