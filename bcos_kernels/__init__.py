@@ -3,7 +3,7 @@
 from bcos_kernels._version import __version__
 from bcos_kernels.accelerate import Acceleration, accelerate, deaccelerate
 from bcos_kernels.convert import BcosNetwork, bcosify
-from bcos_kernels.dispatch import SlowPathWarning, available_backends, use_backend
+from bcos_kernels.dispatch import SlowPathWarning, available_backends, set_default_backend, use_backend
 from bcos_kernels.explain import Explanation, explain, explanation_mode
 from bcos_kernels.functional import batch_norm_uncentered2d, bcos_conv2d, bcos_linear, layer_norm
 from bcos_kernels.modules import (
@@ -16,6 +16,8 @@ from bcos_kernels.modules import (
     DetachableGroupNorm2d,
     DetachableLayerNorm,
     LogitLayer,
+    convert_sync_batchnorm,
+    update_bn,
 )
 
 __all__ = [
@@ -39,9 +41,12 @@ __all__ = [
     "bcos_conv2d",
     "bcos_linear",
     "bcosify",
+    "convert_sync_batchnorm",
     "deaccelerate",
     "explain",
     "explanation_mode",
     "layer_norm",
+    "set_default_backend",
+    "update_bn",
     "use_backend",
 ]

@@ -8,6 +8,7 @@ made before stay valid.
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ from bcos_kernels.modules import (
     DetachableModule,
 )
 from bcos_kernels.modules.attention import SimpleViTAttention
+from bcos_kernels.modules.detachable import has_hooks, has_switch, switch
 
 log = logging.getLogger("bcos_kernels")
 
@@ -155,11 +157,20 @@ class _StandIn(DetachableModule):
 
     @property
     def detach(self) -> bool:  # type: ignore[override]
-        return bool(self.source.detach)
+        return bool(self.source.detach) or super().detach
 
     @detach.setter
     def detach(self, value: bool) -> None:
         self.source.detach = value
+
+    def _theirs(self, x: Tensor) -> Tensor:
+        """The forward pass of ``source``, in the mode of this layer."""
+        source, detach = self.source, self.detach
+        if bool(source.detach) != detach:  # of this call alone: a twin with the same tensors and children
+            source = copy.copy(source)
+            source.detach = detach
+        y: Tensor = source.forward(x)
+        return y
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.source._load_from_state_dict(*args, **kwargs)
@@ -175,6 +186,19 @@ class _BcosStandIn(_StandIn):
         super().__init__(source)
         self.normalize_weight = normalize_weight
         self.max_out = getattr(source, "max_out", 1)
+        self._compared = type(self.linear)
+
+    def _is_plain(self, linear: nn.Module) -> bool:
+        """Whether the inner layer still is what it was when both layers were compared."""
+        return linear is self.source or (
+            type(linear) is self._compared and "forward" not in vars(linear) and not has_hooks(linear)
+        )
+
+    def with_squares(self, x: Tensor, squares: Tensor | None) -> Tensor:
+        linear: Any = self.linear
+        if not self._is_plain(linear):
+            return self._theirs(x)
+        return super().with_squares(x, squares)  # type: ignore[misc]  # of the class that this one is mixed into
 
     @property
     def b(self) -> float | Tensor:
@@ -200,6 +224,20 @@ class _Conv2d(_BcosStandIn, BcosConv2d):  # type: ignore[misc]
 
 class _Linear(_BcosStandIn, BcosLinear):  # type: ignore[misc]
     pass
+
+
+class _ScaledConv2d(_Conv2d):
+    """The first B-cos code's: the result is divided by a constant, ``scale``."""
+
+    def with_squares(self, x: Tensor, squares: Tensor | None) -> Tensor:
+        if not self._is_plain(self.linear):
+            return self._theirs(x)
+        y: Tensor = super().with_squares(x, squares) / self.source.scale
+        return y
+
+    def explanation_mode(self, detach: bool = True) -> None:
+        """That code's name for ``set_explanation_mode``."""
+        self.detach = detach
 
 
 class _FlatConv2d(_Conv2d):
@@ -258,7 +296,7 @@ class _Candidate:
 
 def _is_foreign(module: nn.Module) -> bool:
     """Whether the module has an explanation mode and is not ours."""
-    return hasattr(module, "set_explanation_mode") and not type(module).__module__.startswith("bcos_kernels.")
+    return has_switch(module) and not type(module).__module__.startswith("bcos_kernels.")
 
 
 def _stand_in(module: nn.Module, path: str, report: Acceleration) -> nn.Module | None:
@@ -301,7 +339,8 @@ def _candidates(module: Any) -> Iterator[_Candidate]:
     if hasattr(module, "b") and isinstance(linear, (nn.Conv2d, nn.Linear)):
         flat = linear is module
         if isinstance(linear, nn.Conv2d):
-            kind: type[_BcosStandIn] = _FlatConv2d if flat else _Conv2d
+            scaled = isinstance(getattr(module, "scale", None), (int, float))
+            kind: type[_BcosStandIn] = _FlatConv2d if flat else _ScaledConv2d if scaled else _Conv2d
             padding = (0, 0) if isinstance(linear.padding, str) else linear.padding
             sides = (  # two windows each way, padding among them, so that a large layer costs little
                 max(d * (k - 1) + 1 + s - p, 1)
@@ -333,7 +372,9 @@ def _difference(theirs: Any, ours: _StandIn, shape: tuple[int, ...]) -> str | No
     """None where both layers compute the same in both modes, else what differs. Leaves no trace on either."""
     tensors = [t for t in (*theirs.parameters(), *theirs.buffers()) if t.is_floating_point()]
     device, dtype = (tensors[0].device, tensors[0].dtype) if tensors else (torch.device("cpu"), torch.float64)
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(device, dtype)
+    # on a device of its own: the default one may be another, even one without values
+    generator = torch.Generator("cpu").manual_seed(0)
+    x = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(device, dtype)
     buffers = {name: b.clone() for name, b in theirs.named_buffers()}
     modes = [(training, detach) for training in ((False, True) if buffers else (False,)) for detach in (False, True)]
     detached, trained = bool(theirs.detach), [(m, m.training) for m in theirs.modules()]
@@ -343,12 +384,12 @@ def _difference(theirs: Any, ours: _StandIn, shape: tuple[int, ...]) -> str | No
             for layer in (theirs, ours):
                 _restore(theirs, buffers)
                 layer.train(training)
-                theirs.set_explanation_mode(detach)
+                switch(theirs, detach)
                 results.append(_run(layer, x) + [b.clone() for b in theirs.buffers() if b.is_floating_point()])
             if [r.shape for r in results[0]] != [r.shape for r in results[1]]:
                 return "its output has another shape than ours"
             errors = [_relative_error(a, e) for e, a in zip(*results, strict=True)]
-            error = torch.tensor(errors, dtype=torch.float64).max().item()  # Python's max may lose a NaN
+            error = torch.tensor(errors, dtype=torch.float64, device="cpu").max().item()  # Python's max may lose a NaN
             if not error <= _AGREEMENT.get(dtype, 0.0):
                 mode = f"{'training' if training else 'evaluation'}, explanation mode {'on' if detach else 'off'}"
                 return f"it does not compute what ours computes (relative difference {error:.1e} in {mode})"
@@ -356,7 +397,7 @@ def _difference(theirs: Any, ours: _StandIn, shape: tuple[int, ...]) -> str | No
         return f"it could not be compared with ours: {type(error).__name__}: {error}"
     finally:
         _restore(theirs, buffers)
-        theirs.set_explanation_mode(detached)
+        switch(theirs, detached)
         for module, training in trained:
             module.training = training
         ours.training = theirs.training
@@ -374,7 +415,7 @@ def _run(layer: nn.Module, x: Tensor) -> list[Tensor]:
     leaf = x.clone().requires_grad_()
     with torch.enable_grad(), torch.inference_mode(False), torch.autocast(x.device.type, enabled=False):
         y = layer.forward(leaf)
-        upstream = torch.linspace(-1, 2, y.numel(), dtype=torch.float64).to(y).view(y.shape)
+        upstream = torch.linspace(-1, 2, y.numel(), dtype=torch.float64, device=y.device).to(y).view(y.shape)
         grad = torch.autograd.grad(y, leaf, upstream)[0]
     return [y.detach(), grad]
 

@@ -7,11 +7,13 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import ModuleType
 
 import torch
 
 from bcos_kernels import choice
+from bcos_kernels.context import Stack
 from bcos_kernels.contract import Call
 
 log = logging.getLogger("bcos_kernels")
@@ -28,7 +30,8 @@ BACKENDS: dict[str, str] = {
 REFERENCE = "reference"
 AUTO = "auto"
 
-_active = AUTO
+#: What contexts use that have not chosen for themselves; see :func:`set_default_backend`.
+_default = AUTO
 _logged: set[str] = set()
 _warned = False
 #: What was found out about each kind of call: the backends that can be used on this machine, the fastest first.
@@ -50,17 +53,51 @@ def check_name(backend: str) -> str:
     return backend
 
 
+@dataclass(frozen=True, eq=False)
+class _Choice:
+    """Of a block (``with``), or a switch, which the next switch replaces and which ends with the block that it is in.
+
+    ``key``: of the :class:`use_backend` that made it. Not that object itself, which knows the choices before its own.
+    """
+
+    backend: str
+    key: object
+    is_block: bool
+
+
+_choices: Stack[_Choice] = Stack("backend")
+
+
 def requested(backend: str | None) -> str:
-    """The backend that a call asks for: its own argument, or else what :func:`use_backend` set."""
-    return _active if backend is None else check_name(backend)
+    """The backend that a call asks for: its own argument, or what :func:`use_backend` chose here, or the default."""
+    if backend is not None:
+        return check_name(backend)
+    choices = _choices.get()
+    return choices[-1].backend if choices else _default
+
+
+def set_default_backend(backend: str) -> None:
+    """Choose the backend of the whole process: what every thread and asyncio task uses that has not chosen for itself.
+
+    ``use_backend`` chooses for the calling thread or task alone, and wins; so does the argument ``backend=`` of a function.
+
+    Raises:
+        ValueError: the name is unknown.
+    """
+    global _default
+    _default = check_name(backend)
 
 
 class use_backend:  # noqa: N801 - used like a function
-    """Choose the backend for the whole process, as a switch or for the length of a ``with`` block.
+    """Choose the backend for the calling thread or asyncio task, as a switch or for the length of a ``with`` block.
 
-    >>> use_backend("reference")            # from now on
+    >>> use_backend("reference")            # from now on, or to the end of the block that this is in
     >>> with use_backend("portable"):       # here only
     ...     model(images)
+
+    Other threads are not affected, nor those started later; :func:`set_default_backend` chooses for all of them. A task
+    inherits what was chosen where it is started, as it does every context variable. A backward pass runs on the backend of
+    its forward pass, wherever it is called.
 
     ``"auto"`` takes the fastest backend that can run each call. Any other name runs that backend or raises the sentence
     that says why it cannot.
@@ -70,16 +107,31 @@ class use_backend:  # noqa: N801 - used like a function
     """
 
     def __init__(self, backend: str) -> None:
-        global _active
-        self._before = _active
-        _active = check_name(backend)
+        self.backend, self._key = check_name(backend), object()
+        choices = _choices.get()
+        self._replaced = choices[-1:] if choices and not choices[-1].is_block else ()
+        switch = _Choice(backend, self._key, is_block=False)
+        _choices.set((*choices[: len(choices) - len(self._replaced)], switch), switch)
 
     def __enter__(self) -> use_backend:
+        self._end(is_block=False)  # it was not a switch after all
+        _choices.push(_Choice(self.backend, self._key, is_block=True))
         return self
 
     def __exit__(self, *exc: object) -> None:
-        global _active
-        _active = self._before
+        self._end(is_block=True) or self._end(is_block=False)
+
+    def _end(self, *, is_block: bool) -> bool:
+        """Takes the latest block out, with a switch inside, or the switch, for which the one before comes back."""
+        choices = _choices.get()
+        mine = [i for i, c in enumerate(choices) if c.key is self._key and c.is_block == is_block]
+        if not mine:  # another context's, or a switch that another one replaced
+            return False
+        start, stop = mine[-1], mine[-1] + 1
+        if is_block and stop < len(choices) and not choices[stop].is_block:
+            stop += 1
+        _choices.set((*choices[:start], *(() if is_block else self._replaced), *choices[stop:]))
+        return True
 
 
 def load(name: str) -> ModuleType:

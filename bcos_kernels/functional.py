@@ -1,13 +1,19 @@
-"""The functions that users call: arguments are checked here, once, in words, and nowhere below."""
+"""The functions that users call: arguments are checked here, once, in words, and nowhere below.
+
+Each begins as torch's own functions do, so that whatever overrides those (``torch.fx`` and its proxies, tensor subclasses,
+modes) sees ours too.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function
 
 from bcos_kernels import dispatch, norm_ops, ops, reference, registration  # noqa: F401 - norm_ops: registered by the import
 from bcos_kernels.contract import Options, accumulator, conv_output_size
@@ -65,6 +71,24 @@ def bcos_conv2d(
     Source: B-cos Networks (arXiv 2205.10268); B-cos v2 (arXiv 2306.10898); B-cosification
     (arXiv 2411.00715).
     """
+    if has_torch_function(tensors := (x, weight, bias, b, squares)):
+        return handle_torch_function(
+            bcos_conv2d,
+            tensors,
+            x,
+            weight,
+            bias,
+            b=b,
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            groups=groups,
+            max_out=max_out,
+            normalize_weight=normalize_weight,
+            detach_scale=detach_scale,
+            squares=squares,
+            backend=backend,
+        )
     _check_tensors("x", x, weight=weight, bias=bias)
     stride, dilation = _pair("stride", stride, 1), _pair("dilation", dilation, 1)
     _check_rank(x, "x", 4, "[N, C, H, W]")
@@ -149,6 +173,20 @@ def bcos_linear(
     Raises:
         TypeError, ValueError, RuntimeError: as for :func:`bcos_conv2d`.
     """
+    if has_torch_function(tensors := (x, weight, bias, b, squares)):
+        return handle_torch_function(
+            bcos_linear,
+            tensors,
+            x,
+            weight,
+            bias,
+            b=b,
+            max_out=max_out,
+            normalize_weight=normalize_weight,
+            detach_scale=detach_scale,
+            squares=squares,
+            backend=backend,
+        )
     _check_tensors("x", x, weight=weight, bias=bias)
     if x.dim() < 1:
         raise ValueError("x must be [..., C]; got a scalar")
@@ -255,6 +293,23 @@ def batch_norm_with_squares(
 
     For the layers of this package, which know that the one is followed by the other.
     """
+    if has_torch_function(tensors := (x, running_var, weight, bias, residual)):
+        return handle_torch_function(
+            batch_norm_with_squares,
+            tensors,
+            x,
+            running_var,
+            weight,
+            bias,
+            training=training,
+            residual=residual,
+            relu=relu,
+            momentum=momentum,
+            eps=eps,
+            detach_var=detach_var,
+            squares=squares,
+            backend=backend,
+        )
     _check_floating("x", x)
     _check_rank(x, "x", 4, "[N, C, H, W]")
     for name, t in (("running_var", running_var), ("weight", weight), ("bias", bias)):
@@ -354,6 +409,19 @@ def layer_norm_with_squares(
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """:func:`layer_norm` over one axis, and what :func:`bcos_linear` takes as ``squares``: of the result."""
+    if has_torch_function(tensors := (x, weight, bias)):
+        return handle_torch_function(
+            layer_norm_with_squares,
+            tensors,
+            x,
+            normalized_shape,
+            weight,
+            bias,
+            eps=eps,
+            detach_var=detach_var,
+            squares=squares,
+            backend=backend,
+        )
     _check_floating("x", x)
     shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
     if not shape or x.shape[max(x.dim() - len(shape), 0) :] != shape:
@@ -377,7 +445,73 @@ def layer_norm_with_squares(
     return z, sums if squares else None
 
 
+def conv2d_scaled(
+    u: Tensor,
+    x: Tensor,
+    kernel_size: Sequence[int],
+    *,
+    b: float | Tensor,
+    stride: Pair,
+    padding: Pair | str,
+    dilation: Pair,
+    groups: int,
+    max_out: int,
+    out_channels: int,
+    detach_scale: bool,
+) -> Tensor:
+    """What :func:`bcos_conv2d` makes of the result ``u [N, O*M, Ho, Wo]`` of an ordinary convolution of ``x``.
+
+    For the layers of this package, whose inner layer may compute ``u`` in its own way. The result is in the dtype of ``u``.
+    """
+    _check_floating("x", x)
+    _check_rank(x, "x", 4, "[N, C, H, W]")
+    kernel, step, spacing = (kernel_size[0], kernel_size[1]), _pair("stride", stride, 1), _pair("dilation", dilation, 1)
+    norm_of, _, pad = _resolve_padding(x, None, padding, kernel, step, spacing)
+    size = conv_output_size((norm_of.shape[2], norm_of.shape[3]), kernel, step, pad, spacing)
+    _check_output(u, [x.shape[0], out_channels * max_out, *size], x)
+    acc = accumulator(u.dtype)
+    y = reference.conv2d_scaled(
+        u.to(acc),
+        norm_of.to(acc),
+        kernel,
+        b=b,
+        stride=step,
+        padding=pad,
+        dilation=spacing,
+        groups=groups,
+        max_out=max_out,
+        detach_scale=detach_scale,
+    )
+    return y.to(u.dtype)
+
+
+def linear_scaled(
+    u: Tensor, x: Tensor, *, b: float | Tensor, max_out: int, out_features: int, detach_scale: bool
+) -> Tensor:
+    """What :func:`bcos_linear` makes of the result ``u [..., O*M]`` of an ordinary linear layer of ``x``."""
+    _check_floating("x", x)
+    _check_output(u, [*x.shape[:-1], out_features * max_out], x)
+    acc = accumulator(u.dtype)
+    return reference.linear_scaled(u.to(acc), x.to(acc), b=b, max_out=max_out, detach_scale=detach_scale).to(u.dtype)
+
+
 # ---- checks
+
+
+def is_special(weight: Tensor) -> bool:
+    """Whether the tensor is of a class that computes in its own way, as quantised weights do."""
+    if type(weight) in (Tensor, nn.Parameter) or isinstance(weight, torch.fx.Proxy):
+        return False
+    own: Any
+    plain: Any
+    own, plain = type(weight).__torch_function__, Tensor.__torch_function__
+    return own is not torch._C._disabled_torch_function_impl and own.__func__ is not plain.__func__
+
+
+def _check_output(u: Tensor, shape: list[int], x: Tensor) -> None:
+    if not isinstance(u, Tensor) or list(u.shape) != shape:
+        got = _shape(u) if isinstance(u, Tensor) else type(u).__name__
+        raise ValueError(f"linear: the layer inside must give {shape} for x {_shape(x)}; got {got}")
 
 
 def _shape(t: Tensor) -> str:
@@ -398,7 +532,7 @@ def _check_device(name: str, t: Tensor, x: Tensor) -> None:
 
 def _check_tensors(first: str, x: Tensor, **others: Tensor | None) -> None:
     _check_floating(first, x)
-    autocast = torch.is_autocast_enabled(x.device.type)
+    autocast = _autocasts(x.device.type)
     for name, t in others.items():
         if t is None:
             continue
@@ -406,6 +540,11 @@ def _check_tensors(first: str, x: Tensor, **others: Tensor | None) -> None:
         _check_device(name, t, x)
         if t.dtype != x.dtype and not autocast:
             raise TypeError(f"{name} is {t.dtype}, but x is {x.dtype}; convert one, or use torch.autocast")
+
+
+def _autocasts(device_type: str) -> bool:
+    """Not every device has autocast to ask for: the meta device has none."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def _check_rank(t: Tensor, name: str, rank: int, layout: str) -> None:
@@ -505,6 +644,6 @@ def _define(
 ) -> Tensor:
     """The reference, with what autocast does to a convolution; the operators do that themselves."""
     kind = x.device.type
-    if torch.is_autocast_enabled(kind):
+    if _autocasts(kind):
         x, weight, bias = registration.autocast(kind, x, weight, bias)  # type: ignore[assignment]  # bias alone may be None
     return definition(x, weight, bias, options).to(x.dtype)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 #: Inside the root of the convolution's patch norm.
 PATCH_NORM_EPS = 1e-6
@@ -57,6 +58,8 @@ def scaled(value: Tensor, factor: Tensor, *, detach: bool) -> Tensor:
 
     ``factor`` must broadcast to the shape of ``value``.
     """
+    if has_torch_function((value, factor)):  # a trace of the operations inside would lose the constant
+        return handle_torch_function(scaled, (value, factor), value, factor, detach=detach)
     return _Freeze.apply(value, factor.expand_as(value)) if detach else value * factor
 
 
@@ -177,10 +180,38 @@ def conv2d(
     """
     weight = unit_rows(weight) if normalize_weight else weight
     u = F.conv2d(x, weight, bias, tuple(stride), tuple(padding), tuple(dilation), groups)
+    return conv2d_scaled(
+        u,
+        x,
+        weight.shape[2:],
+        b=b,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+        max_out=max_out,
+        detach_scale=detach_scale,
+    )
+
+
+def conv2d_scaled(
+    u: Tensor,
+    x: Tensor,
+    kernel_size: Sequence[int],
+    *,
+    b: float | Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    max_out: int,
+    detach_scale: bool,
+) -> Tensor:
+    """:func:`conv2d` from the result ``u [N, O*M, Ho, Wo]`` of the ordinary convolution: MaxOut and the scale."""
     linear = max_out_channels(u, max_out, 1)
     if not isinstance(b, Tensor) and b == 1:
         return linear
-    norm = patch_norm(x, weight.shape[2:], stride, padding, dilation, groups)
+    norm = patch_norm(x, kernel_size, stride, padding, dilation, groups)
     norm = norm.repeat_interleave(linear.shape[1] // groups, dim=1) if groups > 1 else norm
     return apply_scale(linear, norm, b, detach=detach_scale)
 
@@ -197,7 +228,12 @@ def linear(
 ) -> Tensor:
     """B-cos linear layer: ``x [..., C]``, ``weight [O*M, C]``, ``bias [O*M]``, result ``[..., O]``."""
     weight = unit_rows(weight) if normalize_weight else weight
-    out = max_out_channels(F.linear(x, weight, bias), max_out, -1)
+    return linear_scaled(F.linear(x, weight, bias), x, b=b, max_out=max_out, detach_scale=detach_scale)
+
+
+def linear_scaled(u: Tensor, x: Tensor, *, b: float | Tensor, max_out: int, detach_scale: bool) -> Tensor:
+    """:func:`linear` from the result ``u [..., O*M]`` of the ordinary linear layer: MaxOut and the scale."""
+    out = max_out_channels(u, max_out, -1)
     if not isinstance(b, Tensor) and b == 1:
         return out
     return apply_scale(out, row_norm(x), b, detach=detach_scale)
@@ -304,6 +340,9 @@ def attention(
     ``query [..., T, D]``, ``key [..., S, D]``, ``value [..., S, V]``, result ``[..., T, V]``. ``scale`` is ``D**-0.5`` where
     it is None; ``dropout`` is the share of the softmax's entries that are dropped.
     """
+    if has_torch_function(tensors := (query, key, value)):  # see `scaled`
+        options: dict[str, Any] = {"scale": scale, "dropout": dropout, "detach_weights": detach_weights}
+        return handle_torch_function(attention, tensors, *tensors, **options)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     weights = (query @ key.mT * scale).softmax(-1)
     weights = F.dropout(weights, dropout) if dropout else weights

@@ -124,6 +124,50 @@ class ScaledConv2d(PlainConv2d):
         return super().forward(x) / 3
 
 
+class FirstConv2d(nn.Module):
+    """The first version's in full: unit weights, MaxOut, a constant divisor, and a switch of another name."""
+
+    def __init__(
+        self, channels: int, out: int, size: int = 1, *, b: float = 2, max_out: int = 2, padding: int = 0
+    ) -> None:
+        super().__init__()
+        self.linear = UnitConv2d(channels, out * max_out, size, padding=padding, bias=False)
+        self.b, self.max_out, self.detach = b, max_out, False
+        self.scale = size * channels**0.5 / 100
+
+    def explanation_mode(self, detach: bool = True) -> None:
+        self.detach = detach
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.linear(x)
+        out = out.unflatten(1, (-1, self.max_out)).max(2).values if self.max_out > 1 else out
+        if self.b == 1:
+            return out / self.scale
+        conv = self.linear
+        squares = F.avg_pool2d(x.square().sum(1, keepdim=True), conv.kernel_size, 1, conv.padding, divisor_override=1)
+        cos = (out / (squares + 1e-6).sqrt()).abs()
+        cos = cos if self.b == 2 else cos + 1e-6
+        cos = cos.detach() if self.detach else cos
+        return out * cos ** (self.b - 1) / self.scale
+
+
+class UnitConv2d(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, F.normalize(self.weight, dim=(1, 2, 3)), None)
+
+
+class FirstLogits(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3)) / 10 - 5
+
+
+def first_explanation_mode(model: nn.Module, active: bool = True) -> None:
+    """The first version's switch for a whole model."""
+    for module in model.modules():
+        if hasattr(module, "explanation_mode"):
+            module.explanation_mode(active)
+
+
 class LostGradient(PlainConv2d):
     """Its output is ours, its gradient is NaN."""
 

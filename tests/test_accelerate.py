@@ -16,7 +16,18 @@ from torch import nn
 
 import bcos_kernels as bk
 from bcos_kernels.modules import DetachableModule
-from tests.lookalikes import FlatConv2d, FlatNetwork, GateGELU, LostGradient, PlainConv2d, Pool, ScaledConv2d
+from tests.lookalikes import (
+    FirstConv2d,
+    FirstLogits,
+    FlatConv2d,
+    FlatNetwork,
+    GateGELU,
+    LostGradient,
+    PlainConv2d,
+    Pool,
+    ScaledConv2d,
+    first_explanation_mode,
+)
 from tests.tolerances import GRADIENT, OUTPUT, assert_close
 
 modules = importlib.import_module("bcos.modules")
@@ -161,6 +172,28 @@ def test_single_file_network() -> None:
     # its layers read the keys of the big package, and still do
     state = {f"{k[:-6]}linear.weight" if "conv" in k or "fc" in k else k: v for k, v in theirs.state_dict().items()}
     ours.load_state_dict(state)
+
+
+@pytest.mark.parametrize("b", [1, 2, 2.5])
+def test_the_first_b_cos_code(b: float) -> None:
+    torch.manual_seed(0)
+    layers = [FirstConv2d(6, 8, 3, b=b, padding=1), FirstConv2d(8, 4, b=b, max_out=1), FirstLogits()]
+    theirs = nn.Sequential(*layers).double()
+    ours = bk.accelerate(copy.deepcopy(theirs))
+    assert ours.acceleration.left == {}
+    assert isinstance(ours[0], bk.BcosConv2d)
+    x = image(2)
+    compare(ours, theirs, x)
+    for active in (True, False):  # by their switch
+        for model in (ours, theirs):
+            first_explanation_mode(model, active)
+        compare(ours, theirs, x)
+    results = [bk.explain(model, x[:, :3]) for model in (ours, theirs)]  # by ours
+    assert_close(results[0].weights, results[1].weights, GRADIENT)
+    assert not any(getattr(m, "detach", False) for model in (ours, theirs) for m in model.modules())
+    chosen = results[0].logits.amax(1)
+    assert_close(results[0].contributions.sum((1, 2)), chosen + 5, {torch.float64: 1e-4})  # 1e-6 beside |cos|
+    assert bk.deaccelerate(ours)[0].explanation_mode
 
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {

@@ -140,7 +140,10 @@ def teacher(images: Tensor | None = None) -> nn.Module:
     standard = build("clip_resnet10_w8", 0)
     images = torch.rand(32, 3, 64, 64) if images is None else F.interpolate(images, 64)
     model = bk.bcosify(standard, normalize="clip").train()
-    norms = [[m for m in net.modules() if isinstance(m, nn.BatchNorm2d)] for net in (standard, model.model)]
+    norms = [
+        [m for m in net.modules() if isinstance(m, (nn.BatchNorm2d, bk.BatchNormUncentered2d))]
+        for net in (standard, model.model)
+    ]
     for norm in norms[1]:
         norm.momentum = 1.0
     with torch.no_grad():

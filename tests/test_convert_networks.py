@@ -54,7 +54,7 @@ def test_trains_and_explains(name: str) -> None:
     before = copy.deepcopy(standard.state_dict())
     model = bk.bcosify(standard)
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, (nn.BatchNorm2d, bk.BatchNormUncentered2d)):
             module.momentum = 1.0  # statistics that fit, or else deep networks of random weights fade to zero
     out = model.train()(bk.AddInverse()(image(3)))
     out.square().sum().backward()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 
 import pytest
@@ -10,6 +11,8 @@ import torchvision
 from torch import nn
 
 import bcos_kernels as bk
+from bcos_kernels.explain import quantile
+from tests.tolerances import OUTPUT, assert_close
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +162,11 @@ def test_plot_without_matplotlib_says_how_to_get_it(
             ValueError,
             r"images must be \[N, 6, H, W\] or \[N, 3, H, W\]; got \[3, 32, 32\]",
         ),
-        (torch.rand(1, 4, 32, 32), None, ValueError, r"got \[1, 4, 32, 32\]"),
+        (torch.rand(1, 4, 32, 32), None, ValueError, r"\[N, 6, H, W\] or \[N, 3, H, W\]; got \[1, 4, 32, 32\]"),
+        (torch.rand(1, 3, 32, 32) * 255, None, ValueError, r"images must be in \[0, 1\]; they are in .*divide"),
+        (torch.randn(1, 6, 32, 32), None, ValueError, r"images must be in \[0, 1\].*do not normalise"),
+        (torch.full((1, 3, 32, 32), float("nan")), None, ValueError, "images must be finite"),
+        (torch.full((1, 3, 32, 32), float("inf")), None, ValueError, "images must be finite"),
         (torch.rand(2, 3, 32, 32).double(), [1, 2, 3], ValueError, "one for each of the 2 images"),
         (torch.rand(2, 3, 32, 32).double(), [0.5, 1.0], TypeError, "targets must be integers"),
         (torch.rand(2, 3, 32, 32).double(), -1, ValueError, "targets must be between 0 and 5"),
@@ -170,6 +177,117 @@ def test_sentences(
 ) -> None:
     with pytest.raises(error, match=sentence):
         bk.explain(model, images, targets)
+
+
+def network(channels: int, *before: nn.Module) -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = (bk.BcosConv2d(channels, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return nn.Sequential(*before, *layers).double()
+
+
+@pytest.mark.parametrize("add_inverse", ["auto", True, False])
+@pytest.mark.parametrize("seen", [1, 2, 3, 6, 12])
+def test_networks_of_other_channels(seen: int, add_inverse: object) -> None:
+    model = network(seen)
+    for given in {seen, seen // 2} - {0}:
+        images = torch.rand(2, given, 8, 8, dtype=torch.float64)
+        adds = {"auto": 2 * given == seen}.get(add_inverse, add_inverse)
+        if given * (1 + adds) != seen:
+            with pytest.raises((ValueError, RuntimeError)):
+                bk.explain(model, images, 0, add_inverse=add_inverse)
+            continue
+        explanation = bk.explain(model, images, 0, add_inverse=add_inverse)
+        assert torch.equal(explanation.images, bk.AddInverse()(images) if adds else images)
+        assert_close(explanation.contributions.sum((1, 2)), explanation.logits[:, 0], OUTPUT)
+        if seen in (2, 6):
+            assert explanation.rgba().shape == (2, 8, 8, 4)
+        else:
+            with pytest.raises(ValueError, match=rf"rgba\(\) needs 6 channels.*the network saw {seen}"):
+                explanation.rgba()
+
+
+def test_a_network_that_adds_the_inverse_itself() -> None:
+    class Own(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.cat([x, 1 - x], 1)
+
+    images = torch.rand(2, 3, 8, 8, dtype=torch.float64)
+    expected = bk.explain(network(6), images, 1)
+    for first in (bk.AddInverse(), Own()):
+        explanation = bk.explain(network(6, first), images, 1)
+        assert torch.equal(explanation.images, images)
+        assert_close(explanation.logits, expected.logits, OUTPUT)
+        assert_close(explanation.weights, expected.weights[:, :3] - expected.weights[:, 3:], OUTPUT)
+    with pytest.raises(ValueError, match=r"expects 6 input channels, but x \[2, 12, 8, 8\]"):
+        bk.explain(network(6, Own()), images, add_inverse=True)
+
+
+def test_values_outside_of_zero_and_one() -> None:
+    model, images = network(6), torch.rand(1, 6, 8, 8, dtype=torch.float64)
+    bk.explain(model, images * 1.1 - 0.05)  # as resizing leaves them
+    assert bk.explain(model, images * 255, add_inverse=False).weights.isfinite().all()
+    with pytest.raises(ValueError, match='add_inverse must be True, False or "auto"; got 3'):
+        bk.explain(model, images, add_inverse=3)
+
+
+def made_up(weights: torch.Tensor, targets: list[int] | None = None) -> bk.Explanation:
+    n = len(weights)
+    images = torch.full_like(weights, 0.5)
+    return bk.Explanation(images, torch.zeros(n, 9), torch.tensor(targets or [0] * n), weights)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_pictures_of_half_precision(dtype: torch.dtype) -> None:
+    weights = torch.rand(2, 6, 9, 9, generator=torch.Generator().manual_seed(3)).to(dtype)
+    picture = made_up(weights).rgba(smooth=3)
+    assert picture.dtype == dtype
+    torch.testing.assert_close(picture.float(), made_up(weights.float()).rgba(smooth=3), rtol=0, atol=5e-3)
+
+
+def test_pictures_of_nothing() -> None:
+    assert made_up(torch.zeros(0, 6, 9, 9)).rgba().shape == (0, 9, 9, 4)
+    assert made_up(torch.zeros(2, 6, 0, 9)).rgba().shape == (2, 0, 9, 4)
+    assert not made_up(torch.zeros(2, 6, 9, 9)).rgba().any()
+    few = torch.zeros(1, 6, 9, 9)
+    few[0, :, 4, 4] = 1  # one pixel, above the percentile
+    assert made_up(few).rgba(smooth=1)[0, ..., 3].count_nonzero() == 1
+
+
+def test_quantiles_of_any_length() -> None:
+    x = torch.rand(3, 41, generator=torch.Generator().manual_seed(4))
+    for q in (0, 0.3, 0.995, 1):
+        torch.testing.assert_close(quantile(x, q), torch.quantile(x, q, dim=1))
+    assert quantile(x.new_zeros(1, 16_000_001), 0.5) == 0
+
+
+def test_representation_is_short(model: nn.Module, images: torch.Tensor) -> None:
+    text = repr(bk.explain(model, images, [1, 2, 5]))
+    assert text == "Explanation(images=[3, 6, 33, 40], logits=[3, 6], targets=[1, 2, 5], float64, cpu)"
+    assert len(repr(made_up(torch.zeros(100, 6, 1, 1)))) < 150
+
+
+def test_plots() -> None:
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("Agg")
+    for channels, pictures in ((6, 2), (2, 2), (3, 1), (1, 1), (12, 1)):
+        figure = made_up(torch.rand(2, channels, 5, 5).bfloat16(), [0, 3]).plot(class_names={0: "$1", 3: r"a_$\frac"})
+        assert len(figure.axes) == 2 * (pictures + 1)
+        figure.canvas.draw()
+        assert figure.axes[pictures + 1].get_title() == r"a_$\frac"
+    assert made_up(torch.zeros(0, 6, 5, 5)).plot().axes == []
+    with pytest.raises(ValueError, match="class_names has 2 names, and none for class 3"):
+        made_up(torch.rand(1, 6, 5, 5), [3]).plot(class_names=["a", "b"])
+    matplotlib.pyplot.close("all")
+
+
+def test_relu_in_place_behind_a_layer() -> None:
+    """The layer's backward pass needs its output: the ReLU must not overwrite what is kept."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(bk.BcosConv2d(6, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()).double()
+    in_place = copy.deepcopy(plain)
+    in_place[1].inplace = True
+    images = torch.rand(2, 3, 8, 8, dtype=torch.float64)
+    assert_close(bk.explain(in_place, images, 1).weights, bk.explain(plain, images, 1).weights, OUTPUT)
 
 
 def test_other_networks_are_refused(images: torch.Tensor) -> None:

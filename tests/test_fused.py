@@ -42,7 +42,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
 def converted(name: str) -> nn.Module:
     model = bk.bcosify(NETWORKS[name][0]())
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, bk.BatchNormUncentered2d):
             module.momentum = 0.5
         elif isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -53,7 +53,7 @@ def listened_to(model: nn.Module) -> nn.Module:
     """A copy with a hook on every norm and ReLU: none is run together with another layer."""
     model = copy.deepcopy(model)
     for module in model.modules():
-        if isinstance(module, (nn.ReLU, nn.BatchNorm2d, nn.LayerNorm)):
+        if isinstance(module, (nn.ReLU, bk.BatchNormUncentered2d, nn.LayerNorm)):
             module.register_forward_hook(lambda module, inputs, output: None)
     return model
 

@@ -14,6 +14,8 @@ from bcos_kernels.modules.norm import (
     DetachableGroupNorm2d,
     DetachableLayerNorm,
     DetachableLayerNorm2d,
+    convert_sync_batchnorm,
+    update_bn,
 )
 from bcos_kernels.modules.similarity import CosineLogits
 from bcos_kernels.modules.transforms import AddInverse, Normalize
@@ -42,6 +44,8 @@ __all__ = [
     "FusedSequential",
     "LogitLayer",
     "Normalize",
+    "convert_sync_batchnorm",
     "norm_relu",
     "norm_relu_conv",
+    "update_bn",
 ]

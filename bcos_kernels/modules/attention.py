@@ -107,7 +107,7 @@ class AttentionPool2d(DetachableAttention):
 
     Shapes: ``[N, C, H, W]`` to ``[N, E]``. Children: ``q_proj``, ``k_proj``, ``v_proj``, ``c_proj``; ``source`` also has
     ``num_heads``. The positional embedding is kept only where asked for: B-cosification (arXiv 2411.00715) has none.
-    ``c_proj`` may be a B-cos layer in name, as in the public checkpoints: its plain weight is what is applied.
+    ``c_proj`` may be a B-cos layer in name, as in the public checkpoints: the plain layer inside is what is applied.
 
     With ``unpool`` set, nothing asks: every location is projected alone, to ``[N, H * W, E]`` (attention unpooling).
     """
@@ -131,13 +131,16 @@ class AttentionPool2d(DetachableAttention):
     def forward(self, x: Tensor) -> Tensor:
         x = x.flatten(2).mT
         if self.unpool:
-            return F.linear(self.v_proj(x), self.c_proj.weight, self.c_proj.bias)
+            return self._project(self.v_proj(x))
         x = torch.cat([x.mean(1, keepdim=True), x], dim=1)
         if self.positional_embedding is not None:
             x = x + self.positional_embedding
         q, k, v = self.q_proj(x[:, :1]), self.k_proj(x), self.v_proj(x)
         pooled = self.mix(*(_split_heads(t, 1, self.num_heads)[0] for t in (q, k, v))).squeeze(1)
-        return F.linear(pooled, self.c_proj.weight, self.c_proj.bias)
+        return self._project(pooled)
+
+    def _project(self, x: Tensor) -> Tensor:
+        return getattr(self.c_proj, "linear", self.c_proj)(x)
 
 
 class FusedAttention(DetachableAttention):

@@ -2,18 +2,61 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bcos_kernels.functional import Pair, bcos_conv2d, bcos_linear, check_exponent
-from bcos_kernels.modules.detachable import DetachableModule
+from bcos_kernels.functional import (
+    Pair,
+    bcos_conv2d,
+    bcos_linear,
+    check_exponent,
+    conv2d_scaled,
+    is_special,
+    linear_scaled,
+)
+from bcos_kernels.modules.detachable import DetachableModule, has_hooks
+
+#: What a convolution is told besides its weights.
+_GEOMETRY = (
+    "kernel_size",
+    "stride",
+    "padding",
+    "dilation",
+    "groups",
+    "padding_mode",
+    "_reversed_padding_repeated_twice",
+)
+
+
+#: The methods that make torch's layers what they are; from now on, a method that is put in their place shows.
+_METHODS = {
+    nn.Conv2d: (("forward", nn.Conv2d.forward), ("_conv_forward", nn.Conv2d._conv_forward)),
+    nn.Linear: (("forward", nn.Linear.forward),),
+}
+
+
+def _runs_as_torch(linear: nn.Module) -> bool:
+    """Whether the layer's output is that of torch's own for its weight and bias.
+
+    A parametrised layer is a subclass with the same forward pass, whose weight and bias are what they should be when read.
+    """
+    for base, methods in _METHODS.items():
+        if isinstance(linear, base):
+            kind, own = type(linear), vars(linear)
+            return all(getattr(kind, name) is method and name not in own for name, method in methods)
+    return False
 
 
 class _BcosLayer(DetachableModule):
     """``b``, ``max_out`` and ``normalize_weight``, and the plain layer ``linear`` that holds weight and bias.
 
-    The plain layer is never called: it is there because public checkpoints name their weights ``<layer>.linear.weight``.
+    Public checkpoints name their weights ``<layer>.linear.weight``. The plain layer need not be called: its weight and bias
+    are all that a fused operation needs. It is called where it is more than a plain layer: replaced (LoRA), a subclass, with
+    hooks (pruning, weight norm, observers) or with weights of another class. Then its output is scaled.
     """
 
     linear: nn.Module
@@ -25,6 +68,26 @@ class _BcosLayer(DetachableModule):
             raise ValueError(f"max_out must be at least 1; got {max_out}")
         self.max_out = max_out
         self.normalize_weight = normalize_weight
+
+    def _is_plain(self, linear: nn.Module) -> bool:
+        """Whether the output of ``linear`` is that of torch's layer for its weight and bias, and nobody listens."""
+        return _runs_as_torch(linear) and not has_hooks(linear)
+
+    def _called(self, x: Tensor) -> Tensor:
+        """The output of ``linear``, divided by the length of its rows of weights where that is wanted."""
+        linear = self.linear
+        u: Tensor = linear(x)
+        if not self.normalize_weight:
+            return u
+        weight, bias = getattr(linear, "weight", None), getattr(linear, "bias", None)
+        if not isinstance(weight, Tensor) or not _runs_as_torch(linear) or is_special(weight):
+            raise ValueError(
+                f"normalize_weight=True: linear is a {type(linear).__name__}, and it is not known how its output depends on "
+                "the length of its weights; wrap or shard the whole B-cos layer, or use normalize_weight=False"
+            )
+        axes = [1] * (weight.dim() - 2)  # of the output, behind its channels
+        length = torch.linalg.vector_norm(weight.flatten(1), dim=1).view(-1, *axes)
+        return u / length if bias is None else (u - (shift := bias.view(-1, *axes))) / length + shift
 
     @property
     def weight(self) -> nn.Parameter:
@@ -95,11 +158,20 @@ class BcosConv2d(_BcosLayer):
             dtype,
         )
         self.in_channels, self.out_channels = in_channels, out_channels
+        #: for an inner layer that will be replaced by one that does not say
+        self._geometry = SimpleNamespace(**{name: getattr(self.linear, name) for name in _GEOMETRY})
 
     @property
     def takes_squares(self) -> bool:
         """Whether :meth:`with_squares` can use them: there is one norm, and of the input as it is."""
-        return self.linear.groups == 1 and self.linear.padding_mode == "zeros"
+        return self._is_plain(self.linear) and self.linear.groups == 1 and self.linear.padding_mode == "zeros"
+
+    def _geometry_of(self, linear: nn.Module) -> Any:
+        """Something with kernel size, stride, ..: the inner layer, the convolution in it, or what there was at first."""
+        if isinstance(linear, nn.Conv2d):
+            return linear
+        inside = (m for m in linear.modules() if isinstance(m, nn.Conv2d) and m.in_channels == self.in_channels)
+        return next(inside, self._geometry)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.with_squares(x, None)
@@ -107,14 +179,27 @@ class BcosConv2d(_BcosLayer):
     def with_squares(self, x: Tensor, squares: Tensor | None) -> Tensor:
         """:meth:`forward` of an input whose sums of squares are known; see :func:`bcos_kernels.bcos_conv2d`."""
         conv = self.linear
-        padding = conv.padding
-        if conv.padding_mode != "zeros":
-            x = F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
-            padding = (0, 0)
+        if not self._is_plain(conv) or is_special(weight := conv.weight):
+            u, conv = self._called(x), self._geometry_of(conv)
+            x, padding = _padded(x, conv)
+            return conv2d_scaled(
+                u,
+                x,
+                conv.kernel_size,
+                b=self.b,
+                stride=conv.stride,
+                padding=padding,
+                dilation=conv.dilation,
+                groups=conv.groups,
+                max_out=self.max_out,
+                out_channels=self.out_channels,
+                detach_scale=self.detach,
+            )
+        x, padding = _padded(x, conv)
         return bcos_conv2d(
             x,
-            conv.weight,
-            conv.bias,
+            self.constant(weight),
+            self.constant(conv.bias),
             b=self.b,
             stride=conv.stride,
             padding=padding,
@@ -125,6 +210,13 @@ class BcosConv2d(_BcosLayer):
             detach_scale=self.detach,
             squares=squares,
         )
+
+
+def _padded(x: Tensor, conv: Any) -> tuple[Tensor, Any]:
+    """``x`` with the padding of another mode than zeros, and what is left to be padded with zeros."""
+    if conv.padding_mode == "zeros":
+        return x, conv.padding
+    return F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode), (0, 0)
 
 
 class BcosMapClassifier(BcosConv2d):
@@ -189,10 +281,20 @@ class BcosLinear(_BcosLayer):
 
     def with_squares(self, x: Tensor, squares: Tensor | None) -> Tensor:
         """:meth:`forward` of an input whose sums of squares are known; see :func:`bcos_kernels.bcos_linear`."""
+        linear = self.linear
+        if not self._is_plain(linear) or is_special(weight := linear.weight):
+            return linear_scaled(
+                self._called(x),
+                x,
+                b=self.b,
+                max_out=self.max_out,
+                out_features=self.out_features,
+                detach_scale=self.detach,
+            )
         return bcos_linear(
             x,
-            self.linear.weight,
-            self.linear.bias,
+            self.constant(weight),
+            self.constant(linear.bias),
             b=self.b,
             max_out=self.max_out,
             normalize_weight=self.normalize_weight,

@@ -1,7 +1,7 @@
 """Layers that follow each other, run in fewer passes over memory.
 
 Where a layer is not the one that is known here, or has hooks (somebody wants to see or change what passes between the two),
-the layers are called one after another, as if this file did not exist.
+or where ``torch.fx`` records what is called, the layers are called one after another, as if this file did not exist.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from bcos_kernels.modules.bcos import BcosConv2d, BcosLinear
 from bcos_kernels.modules.detachable import has_hooks, runs
@@ -19,7 +20,7 @@ from bcos_kernels.modules.norm import BatchNormUncentered2d, DetachableLayerNorm
 
 def norm_relu(norm: nn.Module, relu: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
     """``relu(norm(x) + residual)``."""
-    if _fuses(norm, relu) and (residual is None or _alike(residual, x)):
+    if not isinstance(x, Proxy) and _fuses(norm, relu) and (residual is None or _alike(residual, x)):
         return norm.followed(x, residual, relu=True)[0]
     z = norm(x)
     y: Tensor = relu(z if residual is None else z + residual)
@@ -28,7 +29,7 @@ def norm_relu(norm: nn.Module, relu: nn.Module, x: Tensor, residual: Tensor | No
 
 def norm_relu_conv(norm: nn.Module, relu: nn.Module, conv: nn.Module, x: Tensor) -> Tensor:
     """``conv(relu(norm(x)))``: the norm's pass also makes the sums of squares for the patch norm of a B-cos convolution."""
-    if _fuses(norm, relu) and _takes_squares(conv):
+    if not isinstance(x, Proxy) and _fuses(norm, relu) and _takes_squares(conv):
         return conv.with_squares(*norm.followed(x, relu=True, squares=True))
     y: Tensor = conv(norm_relu(norm, relu, x))
     return y
@@ -40,7 +41,7 @@ def norm_linear(norm: nn.Module, linear: nn.Module, x: Tensor) -> Tensor:
     On a CPU there is nothing to gain: the linear layer adds them up while the row is in the cache. Nor under autocast, which
     rounds what the norm writes.
     """
-    if _feeds(norm, linear) and _gains(x):
+    if not isinstance(x, Proxy) and _feeds(norm, linear) and _gains(x):
         fed: Tensor = linear.with_squares(*norm.with_squares(x))  # type: ignore[operator]  # says `Tensor | Module`
         return fed
     y: Tensor = linear(norm(x))
