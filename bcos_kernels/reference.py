@@ -3,6 +3,9 @@
 Everything else in this package is tested against these functions. They run on any device and in any floating dtype, are
 differentiable as often as one likes, and are written to be read, not to be fast.
 
+The linear part of a layer is computed in the dtype of its input, as PyTorch does; for float16 and bfloat16 everything else in
+float32 (:func:`ranges.wide`), and the result is rounded once. Where float32 is too narrow, see :func:`_float64_where_needed`.
+
 Explanation mode (``detach_*=True``) treats the input-dependent factor of a layer as a constant, so that the layer becomes
 the linear map that it actually applied. See :class:`_Freeze` for what that means for second derivatives.
 
@@ -11,13 +14,19 @@ Sources: B-cos Networks (arXiv 2205.10268), B-cos v2 (arXiv 2306.10898), B-cosif
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from bcos_kernels import convolution
+from bcos_kernels.ranges import readable, wide
+
+_P = ParamSpec("_P")
 
 #: Inside the root of the convolution's patch norm.
 PATCH_NORM_EPS = 1e-6
@@ -25,6 +34,42 @@ PATCH_NORM_EPS = 1e-6
 ROW_NORM_EPS = 1e-12
 #: Added to |cos| where the exponent is neither 1 nor 2.
 COS_EPS = 1e-6
+
+
+def _float64_where_needed(*, axis: int) -> Callable[[Callable[_P, Tensor]], Callable[_P, Tensor]]:
+    """Makes a definition compute in float64 where float32 may not hold its squares and products, and round the result.
+
+    That is where a part of an argument, which is what lies along ``axis`` and those behind it, is nowhere larger than 1e-4
+    without being zero, or somewhere larger than 1e4. Values are looked at on a CPU alone: elsewhere that would wait for the
+    device.
+    """
+
+    def is_extreme(t: Tensor) -> bool:
+        if t.numel() == 0:
+            return False
+        largest = t.detach().abs().amax(tuple(range(min(axis, t.dim() - 1) % t.dim(), t.dim())))
+        return bool(((largest > 1e4) | ((largest < 1e-4) & (largest > 0))).any())
+
+    def exact(value: Any) -> Any:
+        return value.double() if isinstance(value, Tensor) else value
+
+    def decorate(definition: Callable[_P, Tensor]) -> Callable[_P, Tensor]:
+        @functools.wraps(definition)
+        def anywhere(*args: _P.args, **kwargs: _P.kwargs) -> Tensor:
+            tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim() > 0]
+            dtype = tensors[0].dtype
+            # the squares of float16 are no trouble to float32
+            if dtype in (torch.float64, torch.float16) or not all(map(readable, tensors)):
+                return definition(*args, **kwargs)
+            if not any(map(is_extreme, tensors)):
+                return definition(*args, **kwargs)
+            wide_args: Any = map(exact, args)
+            wide_kwargs: Any = {key: exact(value) for key, value in kwargs.items()}
+            return definition(*wide_args, **wide_kwargs).to(dtype)
+
+        return anywhere
+
+    return decorate
 
 
 class _Freeze(torch.autograd.Function):
@@ -99,7 +144,7 @@ def patch_norm(
 
 def channel_squares(x: Tensor, groups: int) -> Tensor:
     """The sum of the squares of each group's channels: ``[N, C, H, W]`` to ``[N, G, H, W]``."""
-    return x.square().unflatten(1, (groups, -1)).sum(2)
+    return wide(x).square().unflatten(1, (groups, -1)).sum(2)
 
 
 def norm_of_squares(
@@ -111,13 +156,14 @@ def norm_of_squares(
 
 def row_norm(x: Tensor) -> Tensor:
     """``||x||_2 + 1e-12`` over the last axis, which is kept with size 1."""
-    return torch.linalg.vector_norm(x, dim=-1, keepdim=True) + ROW_NORM_EPS
+    return torch.linalg.vector_norm(wide(x), dim=-1, keepdim=True) + ROW_NORM_EPS
 
 
 def unit_rows(weight: Tensor) -> Tensor:
     """``w / ||w||`` for every output row, without an epsilon (B-cos v2)."""
-    norm = torch.linalg.vector_norm(weight.flatten(1), dim=1)
-    return weight / norm.view(-1, *[1] * (weight.dim() - 1))
+    rows = wide(weight)
+    norm = torch.linalg.vector_norm(rows.flatten(1), dim=1)
+    return (rows / norm.view(-1, *[1] * (weight.dim() - 1))).to(weight.dtype)
 
 
 def max_out_channels(u: Tensor, max_out: int, dim: int) -> Tensor:
@@ -146,6 +192,7 @@ def apply_scale(linear: Tensor, norm: Tensor, b: float | Tensor, *, detach: bool
     return y
 
 
+@_float64_where_needed(axis=1)
 def conv2d(
     x: Tensor,
     weight: Tensor,
@@ -165,15 +212,16 @@ def conv2d(
     ``x [N, C, H, W]``, ``weight [O*M, C/G, Kh, Kw]``, ``bias [O*M]``, result ``[N, O, Ho, Wo]`` with ``M = max_out``.
     """
     weight = unit_rows(weight) if normalize_weight else weight
-    u = F.conv2d(x, weight, bias, tuple(stride), tuple(padding), tuple(dilation), groups)
+    u = convolution.forward(x, weight, bias, stride, padding, dilation, groups)
     linear = max_out_channels(u, max_out, 1)
     if not isinstance(b, Tensor) and b == 1:
         return linear
     norm = patch_norm(x, weight.shape[2:], stride, padding, dilation, groups)
     norm = norm.repeat_interleave(linear.shape[1] // groups, dim=1) if groups > 1 else norm
-    return apply_scale(linear, norm, b, detach=detach_scale)
+    return apply_scale(wide(linear), norm, b, detach=detach_scale).to(x.dtype)
 
 
+@_float64_where_needed(axis=-1)
 def linear(
     x: Tensor,
     weight: Tensor,
@@ -189,9 +237,10 @@ def linear(
     out = max_out_channels(F.linear(x, weight, bias), max_out, -1)
     if not isinstance(b, Tensor) and b == 1:
         return out
-    return apply_scale(out, row_norm(x), b, detach=detach_scale)
+    return apply_scale(wide(out), row_norm(x), b, detach=detach_scale).to(x.dtype)
 
 
+@_float64_where_needed(axis=1)
 def batch_norm_uncentered2d(
     x: Tensor,
     var: Tensor | None,
@@ -208,16 +257,18 @@ def batch_norm_uncentered2d(
     ``var`` is the running variance (evaluation), or None for the batch's own biased variance about the mean (training).
     The mean is not subtracted either way. ``residual [N, C, H, W]`` is added to the result; ReLU comes last.
     """
+    dtype, x = x.dtype, wide(x)
     if var is None:
         var = x.var((0, 2, 3), unbiased=False)
     if weight is not None:
         x = x * weight[:, None, None]
-    z = scaled(x, (var + eps).rsqrt()[:, None, None], detach=detach_var)
+    z = scaled(x, (wide(var) + eps).rsqrt()[:, None, None], detach=detach_var)
     z = z if bias is None else z + bias[:, None, None]
     z = z if residual is None else z + residual
-    return z.relu() if relu else z
+    return (z.relu() if relu else z).to(dtype)
 
 
+@_float64_where_needed(axis=-1)
 def layer_norm(
     x: Tensor,
     normalized_shape: Sequence[int],
@@ -228,15 +279,17 @@ def layer_norm(
     detach_var: bool = False,
 ) -> Tensor:
     """Layer norm over the last ``len(normalized_shape)`` axes; ``detach_var`` makes the variance a constant, not the mean."""
+    dtype, x = x.dtype, wide(x)
     axes = tuple(range(-len(normalized_shape), 0))
     var, mean = torch.var_mean(x, axes, unbiased=False, keepdim=True)
     centred = x - mean
     if weight is not None:
         centred = centred * weight
     z = scaled(centred, (var + eps).rsqrt(), detach=detach_var)
-    return z if bias is None else z + bias
+    return (z if bias is None else z + bias).to(dtype)
 
 
+@_float64_where_needed(axis=1)
 def group_norm(
     x: Tensor,
     num_groups: int,
@@ -247,14 +300,14 @@ def group_norm(
     detach_var: bool = False,
 ) -> Tensor:
     """Group norm of ``x [N, C, H, W]``; ``detach_var`` makes the variance a constant, not the mean."""
-    grouped = x.unflatten(1, (num_groups, -1))
+    grouped = wide(x).unflatten(1, (num_groups, -1))
     axes = tuple(range(2, grouped.dim()))
     var, mean = torch.var_mean(grouped, axes, unbiased=False, keepdim=True)
     centred = grouped - mean
     if weight is not None:
         centred = centred * weight.view(num_groups, -1, 1, 1)
     z = scaled(centred, (var + eps).rsqrt(), detach=detach_var).flatten(1, 2)
-    return z if bias is None else z + bias[:, None, None]
+    return (z if bias is None else z + bias[:, None, None]).to(x.dtype)
 
 
 def gelu(x: Tensor, *, approximate: str = "none", detach_gate: bool = False) -> Tensor:
@@ -262,21 +315,22 @@ def gelu(x: Tensor, *, approximate: str = "none", detach_gate: bool = False) -> 
 
     ``approximate="tanh"``: torch's other GELU, ``gate = 0.5 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))``.
     """
+    dtype, x = x.dtype, wide(x)
     if approximate == "tanh":
         gate = 0.5 * (1 + torch.tanh((2 / math.pi) ** 0.5 * (x + 0.044715 * x**3)))
     else:
         gate = 0.5 * (1 + torch.erf(x * 0.5**0.5))
-    return scaled(x, gate, detach=detach_gate)
+    return scaled(x, gate, detach=detach_gate).to(dtype)
 
 
 def silu(x: Tensor, *, detach_gate: bool = False) -> Tensor:
     """``x * sigmoid(x)``; ``detach_gate`` makes the sigmoid a constant."""
-    return scaled(x, x.sigmoid(), detach=detach_gate)
+    return scaled(wide(x), wide(x).sigmoid(), detach=detach_gate).to(x.dtype)
 
 
 def hardswish(x: Tensor, *, detach_gate: bool = False) -> Tensor:
     """``x * gate`` with ``gate = clamp(x + 3, 0, 6) / 6``; ``detach_gate`` makes the gate a constant."""
-    return scaled(x, (x + 3).clamp(0, 6) / 6, detach=detach_gate)
+    return scaled(wide(x), (wide(x) + 3).clamp(0, 6) / 6, detach=detach_gate).to(x.dtype)
 
 
 def attention(
@@ -293,7 +347,9 @@ def attention(
     ``query [..., T, D]``, ``key [..., S, D]``, ``value [..., S, V]``, result ``[..., T, V]``. ``scale`` is ``D**-0.5`` where
     it is None; ``dropout`` is the share of the softmax's entries that are dropped.
     """
+    dtype = query.dtype
+    query, key, value = wide(query), wide(key), wide(value)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     weights = (query @ key.mT * scale).softmax(-1)
     weights = F.dropout(weights, dropout) if dropout else weights
-    return _FreezeWeights.apply(value, weights) if detach_weights else weights @ value
+    return (_FreezeWeights.apply(value, weights) if detach_weights else weights @ value).to(dtype)
