@@ -174,10 +174,17 @@ def _backward_in(
 # ---- norms
 
 
-def _is_ordinary(var: Tensor, eps: float) -> bool:
+def _is_within(statistic: Tensor, bounds: tuple[float, float], x: Tensor) -> bool:
+    """Whether all of ``statistic`` lies within ``bounds``. It may be NaN where ``x`` is not, since sums in float32 overflowed."""
+    least, largest = extent(statistic)
+    if math.isnan(least):
+        return not x.isfinite().all()
+    return least >= bounds[0] and largest <= bounds[1]
+
+
+def _is_ordinary(var: Tensor, eps: float, x: Tensor) -> bool:
     """Whether float32 holds sums of squares with this variance, and everything that a backward pass divides by it."""
-    least, largest = extent(var)
-    return not (least + eps < 1e-8 or largest > 1e8)
+    return _is_within(var, (1e-8 - eps, 1e8), x)
 
 
 def batch_norm(
@@ -191,7 +198,7 @@ def batch_norm(
 ) -> NormForward:
     """``backend.batch_norm_uncentered2d``, where float32 is enough."""
     f: NormForward = backend.batch_norm_uncentered2d(x, var, weight, bias, residual, options)
-    if var is not None or f.var.numel() == 0 or not _watched(x) or _is_ordinary(f.var, options.eps):
+    if var is not None or f.var.numel() == 0 or not _watched(x) or _is_ordinary(f.var, options.eps, x):
         return f
     x_, var_, weight_, bias_, residual_ = _in(torch.float64, x, var, weight, bias, residual)
     f = portable.batch_norm_uncentered2d(x_, var_, weight_, bias_, residual_, options)
@@ -211,7 +218,7 @@ def batch_norm_backward(
     needs: NormNeeds,
 ) -> NormGradients:
     """``backend.batch_norm_uncentered2d_backward``, where float32 is enough."""
-    if var.numel() == 0 or not _watched(x) or _is_ordinary(var, options.eps):
+    if var.numel() == 0 or not _watched(x) or _is_ordinary(var, options.eps, x):
         result: NormGradients = backend.batch_norm_uncentered2d_backward(
             grad, x, z, mean, var, weight, bias, options, needs
         )
@@ -230,7 +237,7 @@ def layer_norm(
 ) -> LayerNormForward:
     """``backend.layer_norm``, where float32 is enough."""
     f: LayerNormForward = backend.layer_norm(x, weight, bias, options)
-    if f.rstd.numel() == 0 or not _watched(x) or _is_moderate(f.rstd):
+    if f.rstd.numel() == 0 or not _watched(x) or _is_moderate(f.rstd, x):
         return f
     x_, weight_, bias_ = _in(torch.float64, x, weight, bias)
     f = portable.layer_norm(x_, weight_, bias_, options)
@@ -249,7 +256,7 @@ def layer_norm_backward(
     needs: LayerNormNeeds,
 ) -> LayerNormGradients:
     """``backend.layer_norm_backward``, where float32 is enough."""
-    if rstd.numel() == 0 or not _watched(x) or _is_moderate(rstd):
+    if rstd.numel() == 0 or not _watched(x) or _is_moderate(rstd, x):
         result: LayerNormGradients = backend.layer_norm_backward(grad, x, mean, rstd, weight, bias, options, needs)
         return result
     grad_, x_, weight_, bias_ = _in(torch.float64, grad, x, weight, bias)
@@ -258,9 +265,8 @@ def layer_norm_backward(
     return g._replace(x=g.x.to(x.dtype))
 
 
-def _is_moderate(rstd: Tensor) -> bool:
-    least, largest = extent(rstd)
-    return not (least < 1e-4 or largest > 1e4)
+def _is_moderate(rstd: Tensor, x: Tensor) -> bool:
+    return _is_within(rstd, (1e-4, 1e4), x)
 
 
 def _watched(x: Tensor) -> bool:

@@ -3,8 +3,8 @@
 Everything else in this package is tested against these functions. They run on any device and in any floating dtype, are
 differentiable as often as one likes, and are written to be read, not to be fast.
 
-The linear part of a layer is computed in the dtype of its input, as PyTorch does; for float16 and bfloat16 everything else in
-float32 (:func:`ranges.wide`), and the result is rounded once. Where float32 is too narrow, see :func:`_float64_where_needed`.
+float16 is computed in float32, and so is bfloat16 but for the linear part of a layer, which PyTorch rounds; results are rounded
+once. Where float32 is too narrow, see :func:`_float64_where_needed`.
 
 Explanation mode (``detach_*=True``) treats the input-dependent factor of a layer as a constant, so that the layer becomes
 the linear map that it actually applied. See :class:`_Freeze` for what that means for second derivatives.
@@ -41,7 +41,7 @@ def _float64_where_needed(*, axis: int) -> Callable[[Callable[_P, Tensor]], Call
 
     That is where a part of an argument, which is what lies along ``axis`` and those behind it, is nowhere larger than 1e-4
     without being zero, or somewhere larger than 1e4. Values are looked at on a CPU alone: elsewhere that would wait for the
-    device.
+    device. float16 is computed in float32 throughout: it may not even hold the linear part of a layer.
     """
 
     def is_extreme(t: Tensor) -> bool:
@@ -50,21 +50,19 @@ def _float64_where_needed(*, axis: int) -> Callable[[Callable[_P, Tensor]], Call
         largest = t.detach().abs().amax(tuple(range(min(axis, t.dim() - 1) % t.dim(), t.dim())))
         return bool(((largest > 1e4) | ((largest < 1e-4) & (largest > 0))).any())
 
-    def exact(value: Any) -> Any:
-        return value.double() if isinstance(value, Tensor) else value
-
     def decorate(definition: Callable[_P, Tensor]) -> Callable[_P, Tensor]:
         @functools.wraps(definition)
         def anywhere(*args: _P.args, **kwargs: _P.kwargs) -> Tensor:
             tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim() > 0]
             dtype = tensors[0].dtype
-            # the squares of float16 are no trouble to float32
-            if dtype in (torch.float64, torch.float16) or not all(map(readable, tensors)):
+            if dtype == torch.float16:
+                wider = torch.float32
+            elif dtype != torch.float64 and all(map(readable, tensors)) and any(map(is_extreme, tensors)):
+                wider = torch.float64
+            else:
                 return definition(*args, **kwargs)
-            if not any(map(is_extreme, tensors)):
-                return definition(*args, **kwargs)
-            wide_args: Any = map(exact, args)
-            wide_kwargs: Any = {key: exact(value) for key, value in kwargs.items()}
+            wide_args: Any = (v.to(wider) if isinstance(v, Tensor) else v for v in args)
+            wide_kwargs: Any = {k: v.to(wider) if isinstance(v, Tensor) else v for k, v in kwargs.items()}
             return definition(*wide_args, **wide_kwargs).to(dtype)
 
         return anywhere
