@@ -42,6 +42,8 @@ from bcos_kernels.ranges import extent, magnitude, readable
 
 #: A norm up to which a forward pass stays in float32: its square is 1e36.
 _LARGEST_NORM = 1e18
+#: A weight up to which squares of cosines are ordinary numbers.
+_LARGEST_WEIGHT = 1e6
 #: A norm up to which a backward pass needs no further look at its gradient.
 _LARGE_NORM = 1e3
 #: Rows of a linear layer below this are looked at: 1e-12 is no longer small next to them, and 1 / ||x|| is large.
@@ -73,9 +75,10 @@ def forward(
     if _is_slow_half(backend, x):
         return _forward_in(torch.float32, name, x, weight, bias, options, for_backward)
     result: Forward = getattr(backend, name)(x, weight, bias, options, for_backward, squares)
-    if not readable(x) or x.dtype == torch.float64 or result.norm.numel() == 0:
+    if not _watched(x) or result.y.numel() == 0:
         return result
-    if result.norm.amax().item() > min(_LARGEST_NORM, torch.finfo(x.dtype).max / 4):
+    overflows = result.norm.numel() > 0 and result.norm.amax().item() > _LARGEST_NORM
+    if overflows or (options.max_out > 1 and _may_tie(name, x, result.y)):
         return _forward_in(torch.float64, name, x, weight, bias, options, for_backward)
     return result
 
@@ -98,6 +101,14 @@ def backward(
         return _backward_in(torch.float64, name, grad, x, weight, bias, saved, options, needs)
     result: Gradients = getattr(backend, f"{name}_backward")(grad, x, weight, bias, saved, options, needs)
     return result
+
+
+def _may_tie(name: str, x: Tensor, y: Tensor) -> bool:
+    """Whether the linear output may have underflowed in a part of ``y`` whose input is not zero: then MaxOut chose blindly."""
+    if name == "conv2d":
+        x, y = x.flatten(1), y.flatten(1)
+    faint = y.abs().amax(-1) < 1e-20
+    return bool(x[faint].any())
 
 
 def _is_slow_half(backend: ModuleType, x: Tensor) -> bool:
@@ -126,13 +137,16 @@ def _is_beyond(
     largest_weight = 1.0 if options.normalize_weight else magnitude(weight)
     if options.is_quadratic and not options.keeps_linear(x.dtype) and 0 < largest_weight < 1e-8:
         return True  # y = l |l| / n underflows where l does not
+    if largest_weight > _LARGEST_WEIGHT:
+        return True
     if longest <= _LARGE_NORM and 1e-4 <= largest_weight <= 4 and (like_conv or not has_zeros):
         return False
     upstream = magnitude(grad)
-    # |cos| is at most ||w||
+    # |cos| is at most ||w||, and its powers are B - 1 and B
+    power = max(2.0, float(options.b))
     cos = max(1.0, largest_weight * math.sqrt(weight[0].numel()))
-    least = upstream * min(1.0, largest_weight) ** 2 / max(1.0, longest)
-    most = upstream * cos**2 * max(1.0, longest, 1 / shortest)
+    least = upstream * min(1.0, largest_weight) ** power / max(1.0, longest)
+    most = upstream * cos**power * max(1.0, longest, 1 / shortest)
     return 0 < least < _RANGE[0] or most > _RANGE[1]
 
 

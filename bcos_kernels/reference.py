@@ -39,8 +39,8 @@ COS_EPS = 1e-6
 def _float64_where_needed(*, axis: int) -> Callable[[Callable[_P, Tensor]], Callable[_P, Tensor]]:
     """Makes a definition compute in float64 where float32 may not hold its squares and products, and round the result.
 
-    That is where a part of an argument, which is what lies along ``axis`` and those behind it, is nowhere larger than 1e-4
-    without being zero, or somewhere larger than 1e4. Values are looked at on a CPU alone: elsewhere that would wait for the
+    That is where a part of an argument, which is what lies along ``axis`` and those behind it, is nowhere larger than 1e-4, or
+    somewhere larger than 1e4. Values are looked at on a CPU alone: elsewhere that would wait for the
     device. float16 is computed in float32 throughout: it may not even hold the linear part of a layer.
     """
 
@@ -48,7 +48,7 @@ def _float64_where_needed(*, axis: int) -> Callable[[Callable[_P, Tensor]], Call
         if t.numel() == 0:
             return False
         largest = t.detach().abs().amax(tuple(range(min(axis, t.dim() - 1) % t.dim(), t.dim())))
-        return bool(((largest > 1e4) | ((largest < 1e-4) & (largest > 0))).any())
+        return bool(((largest > 1e4) | (largest < 1e-4)).any())
 
     def decorate(definition: Callable[_P, Tensor]) -> Callable[_P, Tensor]:
         @functools.wraps(definition)
