@@ -1,12 +1,13 @@
 """PyTorch's convolution and its derivative, around what PyTorch 2.14.1 does wrong on a CPU.
 
-Every convolution of this package but the compiled ones goes through here; ``csrc/layer.cpp`` does the same for those. Two
+Every convolution of this package but the compiled ones goes through here; ``csrc/layer.cpp`` does the same for those. Three
 things are wrong (x86, oneDNN 3.12; ``tests/test_convolution.py`` has examples):
 
 - The stride of an axis of size 1 means nothing, but a channels-last tensor or weight whose stride there is not the one of
   its format gives wrong results, and in the derivative an error.
-- bfloat16 in the channels-last format, where the image is narrower than its padding or the horizontal stride, or the output
-  has one column: memory that is not the tensor's is read and written. The results are wrong, NaN, or the process dies.
+- bfloat16, channels-last: where the image is narrower than its padding or the horizontal stride, or the output has one
+  column, memory that is not the tensor's is read and written. Results are wrong, NaN, or the process dies.
+- bfloat16, channels-last, 1x1 with a horizontal stride and up to four channels: the derivative writes past the end.
 """
 
 from __future__ import annotations
@@ -35,22 +36,26 @@ def _plain(t: Tensor) -> Tensor:
     return t
 
 
-def _columns(x: Tensor, weight: Tensor, window: Window) -> tuple[Tensor, Window, tuple[int, int] | None]:
-    """Where bfloat16 fails: the columns that windows see, padding among them, and how many were put left and right of ``x``.
+def _safe(x: Tensor, weight: Tensor, window: Window) -> tuple[Tensor, Tensor, Window, tuple[int, int]]:
+    """A call with the same result that PyTorch does right, and how many columns were put left and right of ``x`` for it.
 
-    A single window needs no stride.
+    Those are the columns of the padding that windows see, or, less than none, columns that none sees. A single window needs
+    no stride.
     """
-    if not readable(x):
-        return x, window, None
+    x, weight, unchanged = _plain(x), _plain(weight), (0, 0)
+    if not readable(x) or x.numel() == 0:
+        return x, weight, window, unchanged
     (down, right), (vertical, horizontal), dilation = window
     width, seen = x.shape[3], dilation[1] * (weight.shape[3] - 1) + 1
     columns = (width + 2 * horizontal - seen) // right + 1
-    narrow = width <= horizontal or width < right or (columns == 1 and right > 1)
-    if not narrow or x.numel() == 0:
-        return x, window, None
-    added = horizontal, (columns - 1) * right + seen - width - horizontal
-    stride = (down, 1 if columns == 1 else right)
-    return _plain(F.pad(x, added)), (stride, (vertical, 0), dilation), added
+    if width <= horizontal or width < right or (columns == 1 and right > 1):
+        added = horizontal, (columns - 1) * right + seen - width - horizontal
+        stride = (down, 1 if columns == 1 else right)
+        return _plain(F.pad(x, added)), weight, (stride, (vertical, 0), dilation), added
+    if x.dtype == torch.bfloat16 and weight.shape[2:] == (1, 1) and right > 1 and weight.shape[1] <= 4:
+        fmt = torch.contiguous_format
+        return x.contiguous(memory_format=fmt), weight.clone(memory_format=fmt), window, unchanged
+    return x, weight, window, unchanged
 
 
 def forward(
@@ -63,8 +68,7 @@ def forward(
     groups: int,
 ) -> Tensor:
     """:func:`torch.nn.functional.conv2d`."""
-    x, weight = _plain(x), _plain(weight)
-    x, window, _ = _columns(x, weight, (tuple(stride), tuple(padding), tuple(dilation)))
+    x, weight, window, _ = _safe(x, weight, (tuple(stride), tuple(padding), tuple(dilation)))
     return F.conv2d(x, weight, bias, *window, groups)
 
 
@@ -80,12 +84,11 @@ def backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of ``x``, ``weight`` and ``bias`` from that of the output; undefined where they are not needed."""
-    grad, x, weight = _plain(grad), _plain(x), _plain(weight)
-    x, window, added = _columns(x, weight, (tuple(stride), tuple(padding), tuple(dilation)))
+    x, weight, window, added = _safe(x, weight, (tuple(stride), tuple(padding), tuple(dilation)))
     sizes = None if bias is None else list(bias.shape)
     dx, dweight, dbias = torch.ops.aten.convolution_backward(
-        grad, x, weight, sizes, *map(list, window), False, [0, 0], groups, list(needs)
+        _plain(grad), x, weight, sizes, *map(list, window), False, [0, 0], groups, list(needs)
     )
-    if added is not None and needs[0]:
+    if needs[0] and added != (0, 0):
         dx = F.pad(dx, [-columns for columns in added])
     return dx, dweight, dbias

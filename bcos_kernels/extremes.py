@@ -104,7 +104,7 @@ def backward(
 
 
 def _may_tie(name: str, x: Tensor, y: Tensor) -> bool:
-    """Whether the linear output may have underflowed in a part of ``y`` whose input is not zero: then MaxOut chose blindly."""
+    """Whether the linear output may have underflowed where the input is not zero: then MaxOut chose blindly."""
     if name == "conv2d":
         x, y = x.flatten(1), y.flatten(1)
     faint = y.abs().amax(-1) < 1e-20
@@ -189,7 +189,7 @@ def _backward_in(
 
 
 def _is_within(statistic: Tensor, bounds: tuple[float, float], x: Tensor) -> bool:
-    """Whether all of ``statistic`` lies within ``bounds``. It may be NaN where ``x`` is not, since sums in float32 overflowed."""
+    """Whether all of ``statistic`` lies within ``bounds``. It may be NaN where ``x`` is not: sums in float32 overflowed."""
     least, largest = extent(statistic)
     if math.isnan(least):
         return not x.isfinite().all()

@@ -3,8 +3,8 @@
 Everything else in this package is tested against these functions. They run on any device and in any floating dtype, are
 differentiable as often as one likes, and are written to be read, not to be fast.
 
-float16 is computed in float32, and so is bfloat16 but for the linear part of a layer, which PyTorch rounds; results are rounded
-once. Where float32 is too narrow, see :func:`_float64_where_needed`.
+float16 is computed in float32, and so is bfloat16 but for the linear part of a layer, which PyTorch rounds; the result is
+rounded once. Where float32 is too narrow, see :func:`_float64_where_needed`.
 
 Explanation mode (``detach_*=True``) treats the input-dependent factor of a layer as a constant, so that the layer becomes
 the linear map that it actually applied. See :class:`_Freeze` for what that means for second derivatives.
@@ -39,16 +39,16 @@ COS_EPS = 1e-6
 def _float64_where_needed(*, axis: int) -> Callable[[Callable[_P, Tensor]], Callable[_P, Tensor]]:
     """Makes a definition compute in float64 where float32 may not hold its squares and products, and round the result.
 
-    That is where a part of an argument, which is what lies along ``axis`` and those behind it, is nowhere larger than 1e-4, or
-    somewhere larger than 1e4. Values are looked at on a CPU alone: elsewhere that would wait for the
-    device. float16 is computed in float32 throughout: it may not even hold the linear part of a layer.
+    That is where a part of an argument, which is what lies along ``axis`` and those behind it, is nowhere larger than 1e-4
+    (``x`` alone may be zero there), or somewhere larger than 1e4. Values are looked at on a CPU alone: elsewhere that would
+    wait for the device. float16 is computed in float32 throughout: it may not even hold the linear part of a layer.
     """
 
-    def is_extreme(t: Tensor) -> bool:
+    def is_extreme(t: Tensor, *, zero: bool) -> bool:
         if t.numel() == 0:
             return False
         largest = t.detach().abs().amax(tuple(range(min(axis, t.dim() - 1) % t.dim(), t.dim())))
-        return bool(((largest > 1e4) | (largest < 1e-4)).any())
+        return bool(((largest > 1e4) | ((largest < 1e-4) & ((largest > 0) | zero))).any())
 
     def decorate(definition: Callable[_P, Tensor]) -> Callable[_P, Tensor]:
         @functools.wraps(definition)
@@ -57,7 +57,11 @@ def _float64_where_needed(*, axis: int) -> Callable[[Callable[_P, Tensor]], Call
             dtype = tensors[0].dtype
             if dtype == torch.float16:
                 wider = torch.float32
-            elif dtype != torch.float64 and all(map(readable, tensors)) and any(map(is_extreme, tensors)):
+            elif (
+                dtype != torch.float64
+                and all(map(readable, tensors))
+                and any(is_extreme(t, zero=t is tensors[0]) for t in tensors)
+            ):
                 wider = torch.float64
             else:
                 return definition(*args, **kwargs)

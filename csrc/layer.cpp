@@ -27,26 +27,32 @@ at::Tensor plain(const at::Tensor& t) {
   return t;
 }
 
-// x for a convolution: where oneDNN fails, the columns that windows see, padding among them.
-struct Columns {
-  at::Tensor x;
+// A convolution with the same result that oneDNN does right.
+struct Safe {
+  at::Tensor x, weight;
   std::array<int64_t, 2> stride, padding;
-  bool added = false;
-  int64_t left = 0, right = 0;
+  int64_t left = 0, right = 0;  // columns put beside x: of the padding that windows see, or less than none
 
-  Columns(const at::Tensor& x_, const at::Tensor& weight, at::IntArrayRef stride_, at::IntArrayRef padding_,
-          at::IntArrayRef dilation)
-      : x(x_), stride{stride_[0], stride_[1]}, padding{padding_[0], padding_[1]} {
+  Safe(const at::Tensor& x_, const at::Tensor& weight_, at::IntArrayRef stride_, at::IntArrayRef padding_,
+       at::IntArrayRef dilation)
+      : x(plain(x_)),
+        weight(plain(weight_)),
+        stride{stride_[0], stride_[1]},
+        padding{padding_[0], padding_[1]} {
+    if (!x.is_cpu() || x.numel() == 0) return;
     const int64_t width = x.size(3), seen = dilation[1] * (weight.size(3) - 1) + 1;
     const int64_t columns = (width + 2 * padding[1] - seen) / stride[1] + 1;
-    const bool narrow = width <= padding[1] || width < stride[1] || (columns == 1 && stride[1] > 1);
-    if (!narrow || !x.is_cpu() || x.numel() == 0) return;
-    added = true;
-    left = padding[1];
-    right = (columns - 1) * stride[1] + seen - width - left;
-    x = plain(at::constant_pad_nd(x, {left, right}));
-    padding[1] = 0;
-    if (columns == 1) stride[1] = 1;
+    if (width <= padding[1] || width < stride[1] || (columns == 1 && stride[1] > 1)) {
+      left = padding[1];
+      right = (columns - 1) * stride[1] + seen - width - left;
+      x = plain(at::constant_pad_nd(x, {left, right}));
+      padding[1] = 0;
+      if (columns == 1) stride[1] = 1;
+    } else if (x.scalar_type() == at::kBFloat16 && weight.size(2) == 1 && weight.size(3) == 1 && stride[1] > 1 &&
+               weight.size(1) <= 4) {
+      x = x.contiguous();
+      weight = weight.clone(at::MemoryFormat::Contiguous);
+    }
   }
 };
 
@@ -75,18 +81,18 @@ Window conv_window(const at::Tensor& x, const at::Tensor& weight, at::IntArrayRe
 
 at::Tensor convolution(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                        at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
-  const Columns c(plain(x), weight, stride, padding, dilation);
-  return at::convolution(c.x, plain(weight), bias, c.stride, c.padding, dilation, false, {0, 0}, groups);
+  const Safe s(x, weight, stride, padding, dilation);
+  return at::convolution(s.x, s.weight, bias, s.stride, s.padding, dilation, false, {0, 0}, groups);
 }
 
 Three convolution_backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight,
                            const std::optional<at::Tensor>& bias, at::IntArrayRef stride, at::IntArrayRef padding,
                            at::IntArrayRef dilation, int64_t groups, std::array<bool, 3> needs) {
-  const Columns c(plain(x), weight, stride, padding, dilation);
+  const Safe s(x, weight, stride, padding, dilation);
   const at::OptionalIntArrayRef bias_sizes = bias ? at::OptionalIntArrayRef(bias->sizes()) : std::nullopt;
-  auto [dx, dweight, dbias] = at::convolution_backward(plain(grad), c.x, plain(weight), bias_sizes, c.stride, c.padding,
+  auto [dx, dweight, dbias] = at::convolution_backward(plain(grad), s.x, s.weight, bias_sizes, s.stride, s.padding,
                                                        dilation, false, {0, 0}, groups, needs);
-  if (needs[0] && c.added) dx = at::constant_pad_nd(dx, {-c.left, -c.right});
+  if (needs[0] && (s.left != 0 || s.right != 0)) dx = at::constant_pad_nd(dx, {-s.left, -s.right});
   return {dx, dweight, dbias};
 }
 
