@@ -40,18 +40,16 @@ from bcos_kernels.contract import (
 )
 from bcos_kernels.ranges import extent, magnitude, readable
 
-#: A norm up to which a forward pass stays in float32: its square is 1e36.
+#: Squares of larger norms overflow soon.
 _LARGEST_NORM = 1e18
-#: A weight up to which squares of cosines are ordinary numbers.
-_LARGEST_WEIGHT = 1e6
-#: A norm up to which a backward pass needs no further look at its gradient.
-_LARGE_NORM = 1e3
 #: Rows of a linear layer below this are looked at: 1e-12 is no longer small next to them, and 1 / ||x|| is large.
 _SHORT_ROW = 1e-5
 #: The same for images, whose patch norm is never smaller than the root of 1e-6: they hold no number above 1.4e-5.
 _FAINT_IMAGE = math.sqrt(reference.PATCH_NORM_EPS) * (1 + 1e-4)
+#: The largest number of a weight: above, squares of cosines overflow soon, below, y = l |l| / n vanishes.
+_LARGEST_WEIGHT, _SMALLEST_WEIGHT = 1e6, 1e-8
 #: Products of the largest numbers that may be intermediate results in float32.
-_RANGE = (1e-33, 1e33)
+_LEAST, _MOST = 1e-33, 1e33
 
 
 def _in(dtype: torch.dtype, *values: Any) -> list[Any]:
@@ -97,7 +95,7 @@ def backward(
     """``backend.<name>_backward``, where float32 is enough."""
     if _is_slow_half(backend, x):
         return _backward_in(torch.float32, name, grad, x, weight, bias, saved, options, needs)
-    if readable(x) and _is_beyond(name, grad, x, weight, saved, options, needs):
+    if readable(x) and _is_beyond(name, grad, x, weight, bias, saved, options):
         return _backward_in(torch.float64, name, grad, x, weight, bias, saved, options, needs)
     result: Gradients = getattr(backend, f"{name}_backward")(grad, x, weight, bias, saved, options, needs)
     return result
@@ -116,38 +114,40 @@ def _is_slow_half(backend: ModuleType, x: Tensor) -> bool:
 
 
 def _is_beyond(
-    name: str, grad: Tensor, x: Tensor, weight: Tensor, saved: Saved, options: Options, needs: Needs
+    name: str, grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, saved: Saved, options: Options
 ) -> bool:
     """Whether float32 may not hold what lies between ``(grad, saved)`` and the gradients. Comparisons with NaN are false."""
     norm, like_conv = saved.norm, name == "conv2d"
     if norm.numel() == 0 or grad.numel() == 0 or x.numel() == 0:
         return False
-    by_image = norm.flatten(2).amax(2) if like_conv else norm.squeeze(-1)
-    shortest, longest = extent(by_image)
+    shortest, longest = extent(norm)
     small = _FAINT_IMAGE if like_conv else _SHORT_ROW
-    has_zeros = shortest <= small
-    if has_zeros:
-        parts = x.unflatten(1, (options.groups, -1)) if like_conv else x
-        if parts[by_image <= small].any():
-            return True
+    if shortest <= small and _has_faint_part(x, norm, small, options.groups if like_conv else None):
+        return True
     if x.dtype == torch.float64:
         return False
-    if longest > _LARGEST_NORM:
-        return True
     largest_weight = 1.0 if options.normalize_weight else magnitude(weight)
-    if options.is_quadratic and not options.keeps_linear(x.dtype) and 0 < largest_weight < 1e-8:
+    if options.is_quadratic and not options.keeps_linear(x.dtype) and 0 < largest_weight < _SMALLEST_WEIGHT:
         return True  # y = l |l| / n underflows where l does not
-    if largest_weight > _LARGEST_WEIGHT:
+    if longest > _LARGEST_NORM or largest_weight > _LARGEST_WEIGHT:
         return True
-    if longest <= _LARGE_NORM and 1e-4 <= largest_weight <= 4 and (like_conv or not has_zeros):
-        return False
+    # |cos| is at most ||w||, but where the bias is larger than what the patch gives
+    by_bias = 0.0 if bias is None else magnitude(bias) / shortest
+    if longest <= 1e3 and 1e-4 <= largest_weight <= 4 and by_bias <= 10:
+        return False  # an ordinary layer: no gradient from 1e-30 to 1e30 is too much for it
     upstream = magnitude(grad)
-    # |cos| is at most ||w||, and its powers are B - 1 and B
     power = max(2.0, float(options.b))
-    cos = max(1.0, largest_weight * math.sqrt(weight[0].numel()))
+    cos = max(1.0, largest_weight * math.sqrt(weight[0].numel()), by_bias)
     least = upstream * min(1.0, largest_weight) ** power / max(1.0, longest)
-    most = upstream * cos**power * max(1.0, longest, 1 / shortest)
-    return 0 < least < _RANGE[0] or most > _RANGE[1]
+    most = upstream * cos**power * max(1.0, longest, 1 / max(shortest, small))
+    return 0 < least < _LEAST or most > _MOST
+
+
+def _has_faint_part(x: Tensor, norm: Tensor, small: float, groups: int | None) -> bool:
+    """Whether a row, or a group of an image, is so small that its norm says nothing about it, but not zero."""
+    if groups is None:
+        return bool(x[norm.squeeze(-1) <= small].any())
+    return bool(x.unflatten(1, (groups, -1))[norm.flatten(2).amax(2) <= small].any())
 
 
 def _forward_in(
