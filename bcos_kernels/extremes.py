@@ -8,7 +8,7 @@ the portable backend computes the call again, in float64. A backward pass needs 
 Looking at a value costs nothing on a CPU. On other devices it would wait for the device: their kernels do what they can
 (docs/backends.md, "Very large and very small numbers").
 
-float16 on a CPU: PyTorch's convolution of it takes fifty times as long as that of float32, so the portable backend
+float16 on a CPU: PyTorch's convolution of it takes twenty times as long as that of float32, so the portable backend
 computes in float32 throughout.
 """
 

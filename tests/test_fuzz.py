@@ -415,7 +415,7 @@ def test_uninitialised_memory_is_nan() -> None:
 def test_triton_in_the_interpreter() -> None:
     pytest.importorskip("triton")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_fuzz.py", "--fuzz", "60"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_fuzz.py", "--fuzz", "200"]
     done = subprocess.run(
         command, cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True, check=False
     )
