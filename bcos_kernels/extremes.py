@@ -102,11 +102,11 @@ def backward(
 
 
 def _may_tie(name: str, x: Tensor, y: Tensor) -> bool:
-    """Whether the linear output may have underflowed where the input is not zero: then MaxOut chose blindly."""
+    """Whether the linear output may have underflowed where the input is not zero, or overflowed: MaxOut chose blindly."""
     if name == "conv2d":
         x, y = x.flatten(1), y.flatten(1)
-    faint = y.abs().amax(-1) < 1e-20
-    return bool(x[faint].any())
+    largest = y.abs().amax(-1)
+    return bool(x[(largest < 1e-20) | largest.isinf()].any())
 
 
 def _is_slow_half(backend: ModuleType, x: Tensor) -> bool:
