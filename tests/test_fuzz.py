@@ -367,7 +367,8 @@ def failures(seed: int) -> list[str]:
     expected = results(config, truth, upstream.double(), "reference")
     noise, u = torch.Generator().manual_seed(seed), torch.finfo(dtype).eps
     moved = []
-    for _ in range(5):
+    ties = config.options.get("max_out", 1) > 1 and dtype.itemsize == 2  # only some of the moves swap two near equals
+    for _ in range(20 if ties else 5):
         inputs = exact({**config.tensors, "upstream": upstream}, noise, u)
         moved.append(results(config, {k: inputs[k] for k in config.tensors}, inputs["upstream"], "reference"))
     found = []
