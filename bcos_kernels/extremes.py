@@ -118,7 +118,13 @@ def _is_beyond(
 ) -> bool:
     """Whether float32 may not hold what lies between ``(grad, saved)`` and the gradients. Comparisons with NaN are false."""
     norm, like_conv = saved.norm, name == "conv2d"
-    if norm.numel() == 0 or grad.numel() == 0 or x.numel() == 0:
+    if grad.numel() == 0 or x.numel() == 0:
+        return False
+    if options.normalize_weight and x.dtype != torch.float64:
+        size = magnitude(weight)
+        if size > _LARGEST_WEIGHT or 0 < size < _SMALLEST_WEIGHT:
+            return True  # its gradient is that of the unit rows over their length
+    if norm.numel() == 0:
         return False
     shortest, longest = extent(norm)
     small = _FAINT_IMAGE if like_conv else _SHORT_ROW
