@@ -32,6 +32,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bcos_kernels.ranges import accumulator as accumulator
+
 
 class Options(NamedTuple):
     """All that a B-cos convolution or linear layer is told besides its tensors; a linear layer keeps the defaults.
@@ -201,11 +203,6 @@ class Call(NamedTuple):
     bias: bool = False
     for_backward: bool = False
     explicit: bool = False
-
-
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """Norms, scales and sums are computed in float32, or in float64 for float64 input."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def winner_dtype(max_out: int) -> torch.dtype:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bcos_kernels import dispatch, reference
+from bcos_kernels import dispatch, extremes, reference
 from bcos_kernels.contract import (
     Call,
     LayerNormForward,
@@ -49,7 +49,7 @@ def _batch_norm(
 ) -> NormForward:
     module = dispatch.choose(backend, Call("batch_norm_uncentered2d", x, weight))
     options = NormOptions(eps, relu, detach_var, squares)
-    f: NormForward = module.batch_norm_uncentered2d(x, var, weight, bias, residual, options)
+    f = extremes.batch_norm(module, x, var, weight, bias, residual, options)
     return f._replace(z=f.z.contiguous(memory_format=memory_format(x)))
 
 
@@ -114,8 +114,8 @@ def _batch_norm_backward(
     backend: str,
 ) -> NormGradients:
     module = dispatch.choose(backend, Call("batch_norm_uncentered2d_backward", x, weight), strict=False)
-    grads = module.batch_norm_uncentered2d_backward(
-        grad, x, z, mean, var, weight, bias, NormOptions(eps, relu, detach_var), NormNeeds(*needs)
+    grads = extremes.batch_norm_backward(
+        module, grad, x, z, mean, var, weight, bias, NormOptions(eps, relu, detach_var), NormNeeds(*needs)
     )
     dx, dweight, dbias, dresidual = apart(grads, needs, grad)
     fmt = memory_format(x)
@@ -224,7 +224,7 @@ def _layer_norm(
 ) -> LayerNormForward:
     # not strict: only some backends have a kernel of their own for what torch does well
     module = dispatch.choose(backend, Call("layer_norm", x), strict=False)
-    result: LayerNormForward = module.layer_norm(x, weight, bias, LayerNormOptions(axes, eps, detach_var, squares))
+    result = extremes.layer_norm(module, x, weight, bias, LayerNormOptions(axes, eps, detach_var, squares))
     return result._replace(z=result.z.contiguous())
 
 
@@ -281,8 +281,8 @@ def _layer_norm_backward(
     backend: str,
 ) -> LayerNormGradients:
     module = dispatch.choose(backend, Call("layer_norm_backward", x), strict=False)
-    grads = module.layer_norm_backward(
-        grad, x, mean, rstd, weight, bias, LayerNormOptions(axes, eps, detach_var), LayerNormNeeds(*needs)
+    grads = extremes.layer_norm_backward(
+        module, grad, x, mean, rstd, weight, bias, LayerNormOptions(axes, eps, detach_var), LayerNormNeeds(*needs)
     )
     dx, dweight, dbias = apart(grads, needs, grad)
     return LayerNormGradients(

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bcos_kernels import dispatch, reference
+from bcos_kernels import dispatch, extremes, reference
 from bcos_kernels.contract import (
     Call,
     Forward,
@@ -170,7 +170,7 @@ class _Layer:
         *plain, squares, for_backward, backend = rest
         options = self.make_options(b_tensor, *plain)
         module = dispatch.choose(backend, Call(self.name, x, weight, options, bias is not None, for_backward))
-        result: Forward = getattr(module, self.name)(x, weight, bias, options, for_backward, squares)
+        result = extremes.forward(module, self.name, x, weight, bias, options, for_backward, squares)
         if self.like_conv:
             fmt = memory_format(x, weight)
             y, norm, linear, winner = result
@@ -240,9 +240,8 @@ class _Layer:
                 " forward operator returns them if it is called with for_backward=True"
             )
         module = dispatch.choose(backend, Call(f"{self.name}_backward", x, weight, options), strict=False)
-        grads = getattr(module, f"{self.name}_backward")(
-            grad, x, weight, bias, Saved(kept, norm, winner), options, wanted
-        )
+        saved = Saved(kept, norm, winner)
+        grads = extremes.backward(module, self.name, grad, x, weight, bias, saved, options, wanted)
         return _in_formats(Gradients(*apart(grads, needs, grad)), x, weight, b_tensor, wanted, self.like_conv)
 
     def backward_fake(

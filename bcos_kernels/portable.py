@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bcos_kernels import reference
+from bcos_kernels import convolution, reference
 from bcos_kernels.contract import (
     Call,
     Forward,
@@ -45,27 +45,36 @@ def why_not(call: Call) -> str | None:
 def _scale_backward(grad: Tensor, linear: Tensor, norm: Tensor, options: Options, needs: Needs) -> tuple[Tensor, ...]:
     """Gradients of ``y = l * scale(l, n)`` with respect to ``l``, and, where wanted, to ``n`` and ``b`` by element."""
     empty = grad.new_empty(0)
-    cos = linear.abs() / norm
+    cos = linear / norm  # with its sign; products of cosines overflow later than those of `linear` or `norm`
+    size = cos.abs()
     needs_norm = needs.x and not options.detach_scale
     if options.is_quadratic:
-        dnorm = -grad * linear * cos / norm if needs_norm else empty
-        return grad * cos * (1 if options.detach_scale else 2), dnorm, empty
+        dlinear = grad * size
+        dnorm = -dlinear * cos if needs_norm else empty
+        return dlinear if options.detach_scale else 2 * dlinear, dnorm, empty
     b = options.b
-    base = cos + reference.COS_EPS
+    base = size + reference.COS_EPS
     factor = base ** (b - 1)
-    slope = (b - 1) * base ** (b - 2) * cos  # d factor / d ln|cos|
+    slope = (b - 1) * base ** (b - 2) * size  # d factor / d ln|cos|
     dlinear = grad * (factor if options.detach_scale else factor + slope)
-    dnorm = -grad * linear * slope / norm if needs_norm else empty
+    dnorm = -grad * slope * cos if needs_norm else empty
     db = grad * linear * factor * base.log() if needs.b else empty
     return dlinear, dnorm, db
 
 
 def _recover_linear(saved: Saved, norm: Tensor, options: Options, dtype: torch.dtype) -> Tensor:
-    """The linear output ``l``, kept or, for B = 2, recovered as ``sign(y) sqrt(|y| n)``."""
+    """The linear output ``l``, kept or, for B = 2, recovered as ``sign(y) sqrt(|y| n)``. Two roots: the product overflows."""
     kept = saved.kept.to(accumulator(dtype))
     if options.keeps_linear(dtype):
         return kept
-    return torch.copysign((kept.abs() * norm).sqrt(), kept)
+    return torch.copysign(kept.abs().sqrt() * norm.sqrt(), kept)
+
+
+def recovered_linear(y: Tensor, norm: Tensor, options: Options, channels: int) -> Tensor:
+    """The linear output of a B = 2 layer whose ``y`` is exact enough to give it back."""
+    split = y.unflatten(channels, (options.groups, -1))
+    saved = Saved(split, norm, norm)
+    return _recover_linear(saved, _by_group(norm, channels), options, y.dtype).flatten(*_group_axes(channels))
 
 
 def _pick_winner(u: Tensor, max_out: int, dim: int) -> tuple[Tensor, Tensor]:
@@ -137,11 +146,11 @@ def conv2d(
     squares: Tensor | None = None,
 ) -> Forward:
     o = options
-    u = F.conv2d(x, unit_rows(weight, o), bias, o.stride, o.padding, o.dilation, o.groups)
+    u = convolution.forward(x, unit_rows(weight, o), bias, o.stride, o.padding, o.dilation, o.groups)
     acc = accumulator(x.dtype)
     norm = x.new_empty(0, dtype=acc)
     if not o.is_linear:
-        squares = reference.channel_squares(x.to(acc), o.groups) if squares is None else squares
+        squares = reference.channel_squares(x, o.groups) if squares is None else squares
         norm = reference.norm_of_squares(squares, weight.shape[2:], o.stride, o.padding, o.dilation)
     return _forward(u, norm, o, for_backward, channels=1)
 
@@ -151,10 +160,8 @@ def conv2d_backward(
 ) -> Gradients:
     o = options
     du, dnorm, db = _backward(grad, saved, o, needs, x.dtype, channels=1)
-    bias_sizes = None if bias is None else list(bias.shape)
-    mask = [needs.x, needs.weight, needs.bias]
-    dx, dunit, dbias = torch.ops.aten.convolution_backward(
-        du, x, unit_rows(weight, o), bias_sizes, o.stride, o.padding, o.dilation, False, [0, 0], o.groups, mask
+    dx, dunit, dbias = convolution.backward(
+        du, x, unit_rows(weight, o), bias, o.stride, o.padding, o.dilation, o.groups, needs[:3]
     )
     empty = grad.new_empty(0)
     if dnorm.numel():
@@ -202,7 +209,7 @@ def linear(
     acc = accumulator(x.dtype)
     norm = x.new_empty(0, dtype=acc)
     if not options.is_linear:
-        norm = reference.row_norm(x.to(acc)) if squares is None else squares.sqrt() + reference.ROW_NORM_EPS
+        norm = reference.row_norm(x) if squares is None else squares.sqrt() + reference.ROW_NORM_EPS
     return _forward(u, norm, options, for_backward, channels=-1)
 
 
@@ -216,9 +223,9 @@ def linear_backward(
     if needs.x:
         dx = du @ unit_rows(weight, options)
     if dnorm.numel():
-        # dn/dx = x / ||x||, and 0 at the origin as for torch's own norm
-        length = (saved.norm - reference.ROW_NORM_EPS).clamp_min(torch.finfo(saved.norm.dtype).tiny)
-        dx = (dx.to(length.dtype) + x * (dnorm / length)).to(x.dtype)
+        # dn/dx = x / ||x||, and 0 at the origin as for torch's own norm. Of a short row n - 1e-12 leaves next to nothing
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dnorm.dtype)
+        dx = (dx.to(length.dtype) + x * torch.where(length > 0, dnorm / length, 0)).to(x.dtype)
     if needs.weight:
         dweight = unit_rows_backward(rows.t() @ x.reshape(-1, x.shape[-1]), weight, options)
     if needs.bias:

@@ -3,6 +3,9 @@
 Everything else in this package is tested against these functions. They run on any device and in any floating dtype, are
 differentiable as often as one likes, and are written to be read, not to be fast.
 
+float16 is computed in float32, and so is bfloat16 but for the linear part of a layer, which PyTorch rounds; the result is
+rounded once. Where float32 is too narrow, see :func:`_float64_where_needed`.
+
 Explanation mode (``detach_*=True``) treats the input-dependent factor of a layer as a constant, so that the layer becomes
 the linear map that it actually applied. See :class:`_Freeze` for what that means for second derivatives.
 
@@ -11,14 +14,20 @@ Sources: B-cos Networks (arXiv 2205.10268), B-cos v2 (arXiv 2306.10898), B-cosif
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
+
+from bcos_kernels import convolution
+from bcos_kernels.ranges import readable, wide
+
+_P = ParamSpec("_P")
 
 #: Inside the root of the convolution's patch norm.
 PATCH_NORM_EPS = 1e-6
@@ -26,6 +35,44 @@ PATCH_NORM_EPS = 1e-6
 ROW_NORM_EPS = 1e-12
 #: Added to |cos| where the exponent is neither 1 nor 2.
 COS_EPS = 1e-6
+
+
+def _float64_where_needed(*, axis: int) -> Callable[[Callable[_P, Tensor]], Callable[_P, Tensor]]:
+    """Makes a definition compute in float64 where float32 may not hold its squares and products, and round the result.
+
+    That is where a part of an argument, which is what lies along ``axis`` and those behind it, is nowhere larger than 1e-4
+    (``x`` alone may be zero there), or somewhere larger than 1e4. Values are looked at on a CPU alone: elsewhere that would
+    wait for the device. float16 is computed in float32 throughout: it may not even hold the linear part of a layer.
+    """
+
+    def is_extreme(t: Tensor, *, zero: bool) -> bool:
+        if t.numel() == 0:
+            return False
+        largest = t.detach().abs().amax(tuple(range(min(axis, t.dim() - 1) % t.dim(), t.dim())))
+        return bool(((largest > 1e4) | ((largest < 1e-4) & ((largest > 0) | zero))).any())
+
+    def decorate(definition: Callable[_P, Tensor]) -> Callable[_P, Tensor]:
+        @functools.wraps(definition)
+        def anywhere(*args: _P.args, **kwargs: _P.kwargs) -> Tensor:
+            tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim() > 0]
+            dtype = tensors[0].dtype
+            if dtype == torch.float16:
+                wider = torch.float32
+            elif (
+                dtype != torch.float64
+                and all(map(readable, tensors))
+                and any(is_extreme(t, zero=t is tensors[0]) for t in tensors)
+            ):
+                wider = torch.float64
+            else:
+                return definition(*args, **kwargs)
+            wide_args: Any = (v.to(wider) if isinstance(v, Tensor) else v for v in args)
+            wide_kwargs: Any = {k: v.to(wider) if isinstance(v, Tensor) else v for k, v in kwargs.items()}
+            return definition(*wide_args, **wide_kwargs).to(dtype)
+
+        return anywhere
+
+    return decorate
 
 
 class _Freeze(torch.autograd.Function):
@@ -113,7 +160,7 @@ def patch_norm(
 
 def channel_squares(x: Tensor, groups: int) -> Tensor:
     """The sum of the squares of each group's channels: ``[N, C, H, W]`` to ``[N, G, H, W]``."""
-    return x.square().unflatten(1, (groups, -1)).sum(2)
+    return wide(x).square().unflatten(1, (groups, -1)).sum(2)
 
 
 def norm_of_squares(
@@ -125,13 +172,14 @@ def norm_of_squares(
 
 def row_norm(x: Tensor) -> Tensor:
     """``||x||_2 + 1e-12`` over the last axis, which is kept with size 1."""
-    return torch.linalg.vector_norm(x, dim=-1, keepdim=True) + ROW_NORM_EPS
+    return torch.linalg.vector_norm(wide(x), dim=-1, keepdim=True) + ROW_NORM_EPS
 
 
 def unit_rows(weight: Tensor) -> Tensor:
     """``w / ||w||`` for every output row, without an epsilon (B-cos v2)."""
-    norm = torch.linalg.vector_norm(weight.flatten(1), dim=1)
-    return weight / norm.view(-1, *[1] * (weight.dim() - 1))
+    rows = wide(weight)
+    norm = torch.linalg.vector_norm(rows.flatten(1), dim=1)
+    return (rows / norm.view(-1, *[1] * (weight.dim() - 1))).to(weight.dtype)
 
 
 def max_out_channels(u: Tensor, max_out: int, dim: int) -> Tensor:
@@ -160,6 +208,7 @@ def apply_scale(linear: Tensor, norm: Tensor, b: float | Tensor, *, detach: bool
     return y
 
 
+@_float64_where_needed(axis=1)
 def conv2d(
     x: Tensor,
     weight: Tensor,
@@ -179,7 +228,7 @@ def conv2d(
     ``x [N, C, H, W]``, ``weight [O*M, C/G, Kh, Kw]``, ``bias [O*M]``, result ``[N, O, Ho, Wo]`` with ``M = max_out``.
     """
     weight = unit_rows(weight) if normalize_weight else weight
-    u = F.conv2d(x, weight, bias, tuple(stride), tuple(padding), tuple(dilation), groups)
+    u = convolution.forward(x, weight, bias, stride, padding, dilation, groups)
     return conv2d_scaled(
         u,
         x,
@@ -213,9 +262,10 @@ def conv2d_scaled(
         return linear
     norm = patch_norm(x, kernel_size, stride, padding, dilation, groups)
     norm = norm.repeat_interleave(linear.shape[1] // groups, dim=1) if groups > 1 else norm
-    return apply_scale(linear, norm, b, detach=detach_scale)
+    return apply_scale(wide(linear), norm, b, detach=detach_scale).to(u.dtype)
 
 
+@_float64_where_needed(axis=-1)
 def linear(
     x: Tensor,
     weight: Tensor,
@@ -236,9 +286,10 @@ def linear_scaled(u: Tensor, x: Tensor, *, b: float | Tensor, max_out: int, deta
     out = max_out_channels(u, max_out, -1)
     if not isinstance(b, Tensor) and b == 1:
         return out
-    return apply_scale(out, row_norm(x), b, detach=detach_scale)
+    return apply_scale(wide(out), row_norm(x), b, detach=detach_scale).to(u.dtype)
 
 
+@_float64_where_needed(axis=1)
 def batch_norm_uncentered2d(
     x: Tensor,
     var: Tensor | None,
@@ -255,16 +306,18 @@ def batch_norm_uncentered2d(
     ``var`` is the running variance (evaluation), or None for the batch's own biased variance about the mean (training).
     The mean is not subtracted either way. ``residual [N, C, H, W]`` is added to the result; ReLU comes last.
     """
+    dtype, x = x.dtype, wide(x)
     if var is None:
         var = x.var((0, 2, 3), unbiased=False)
     if weight is not None:
         x = x * weight[:, None, None]
-    z = scaled(x, (var + eps).rsqrt()[:, None, None], detach=detach_var)
+    z = scaled(x, (wide(var) + eps).rsqrt()[:, None, None], detach=detach_var)
     z = z if bias is None else z + bias[:, None, None]
     z = z if residual is None else z + residual
-    return z.relu() if relu else z
+    return (z.relu() if relu else z).to(dtype)
 
 
+@_float64_where_needed(axis=-1)
 def layer_norm(
     x: Tensor,
     normalized_shape: Sequence[int],
@@ -275,15 +328,17 @@ def layer_norm(
     detach_var: bool = False,
 ) -> Tensor:
     """Layer norm over the last ``len(normalized_shape)`` axes; ``detach_var`` makes the variance a constant, not the mean."""
+    dtype, x = x.dtype, wide(x)
     axes = tuple(range(-len(normalized_shape), 0))
     var, mean = torch.var_mean(x, axes, unbiased=False, keepdim=True)
     centred = x - mean
     if weight is not None:
         centred = centred * weight
     z = scaled(centred, (var + eps).rsqrt(), detach=detach_var)
-    return z if bias is None else z + bias
+    return (z if bias is None else z + bias).to(dtype)
 
 
+@_float64_where_needed(axis=1)
 def group_norm(
     x: Tensor,
     num_groups: int,
@@ -294,14 +349,14 @@ def group_norm(
     detach_var: bool = False,
 ) -> Tensor:
     """Group norm of ``x [N, C, H, W]``; ``detach_var`` makes the variance a constant, not the mean."""
-    grouped = x.unflatten(1, (num_groups, -1))
+    grouped = wide(x).unflatten(1, (num_groups, -1))
     axes = tuple(range(2, grouped.dim()))
     var, mean = torch.var_mean(grouped, axes, unbiased=False, keepdim=True)
     centred = grouped - mean
     if weight is not None:
         centred = centred * weight.view(num_groups, -1, 1, 1)
     z = scaled(centred, (var + eps).rsqrt(), detach=detach_var).flatten(1, 2)
-    return z if bias is None else z + bias[:, None, None]
+    return (z if bias is None else z + bias[:, None, None]).to(x.dtype)
 
 
 def gelu(x: Tensor, *, approximate: str = "none", detach_gate: bool = False) -> Tensor:
@@ -309,21 +364,22 @@ def gelu(x: Tensor, *, approximate: str = "none", detach_gate: bool = False) -> 
 
     ``approximate="tanh"``: torch's other GELU, ``gate = 0.5 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))``.
     """
+    dtype, x = x.dtype, wide(x)
     if approximate == "tanh":
         gate = 0.5 * (1 + torch.tanh((2 / math.pi) ** 0.5 * (x + 0.044715 * x**3)))
     else:
         gate = 0.5 * (1 + torch.erf(x * 0.5**0.5))
-    return scaled(x, gate, detach=detach_gate)
+    return scaled(x, gate, detach=detach_gate).to(dtype)
 
 
 def silu(x: Tensor, *, detach_gate: bool = False) -> Tensor:
     """``x * sigmoid(x)``; ``detach_gate`` makes the sigmoid a constant."""
-    return scaled(x, x.sigmoid(), detach=detach_gate)
+    return scaled(wide(x), wide(x).sigmoid(), detach=detach_gate).to(x.dtype)
 
 
 def hardswish(x: Tensor, *, detach_gate: bool = False) -> Tensor:
     """``x * gate`` with ``gate = clamp(x + 3, 0, 6) / 6``; ``detach_gate`` makes the gate a constant."""
-    return scaled(x, (x + 3).clamp(0, 6) / 6, detach=detach_gate)
+    return scaled(wide(x), (wide(x) + 3).clamp(0, 6) / 6, detach=detach_gate).to(x.dtype)
 
 
 def attention(
@@ -343,7 +399,9 @@ def attention(
     if has_torch_function(tensors := (query, key, value)):  # see `scaled`
         options: dict[str, Any] = {"scale": scale, "dropout": dropout, "detach_weights": detach_weights}
         return handle_torch_function(attention, tensors, *tensors, **options)
+    dtype = query.dtype
+    query, key, value = wide(query), wide(key), wide(value)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     weights = (query @ key.mT * scale).softmax(-1)
     weights = F.dropout(weights, dropout) if dropout else weights
-    return _FreezeWeights.apply(value, weights) if detach_weights else weights @ value
+    return (_FreezeWeights.apply(value, weights) if detach_weights else weights @ value).to(dtype)

@@ -40,8 +40,8 @@ struct Ops {
   static BCOS_INLINE V log(V a) { return std::log(a); }
 };
 
-// What becomes of a sum of squares, and, from q = n * dL/dn, what x is multiplied by in its gradient: dL/dn / ||x||.
-// kPatch: n = sqrt(sum + 1e-6).  kRow: n = sqrt(sum) + 1e-12, whose gradient at the origin is 0, as for torch's norm.
+// What becomes of a sum of squares, and, from q = dL/dn, what x is multiplied by in its gradient.
+// kPatch: n = sqrt(sum + 1e-6), q / n.  kRow: n = sqrt(sum) + 1e-12, q / ||x||, and 0 at the origin, as for torch's norm.
 enum class Root : int { kNone = 0, kPatch = 1, kRow = 2 };
 
 template <class S>
@@ -52,12 +52,13 @@ BCOS_INLINE S norm_of(Root root, S squares) {
 
 template <class S>
 BCOS_INLINE S pull_of(Root root, S q, S norm) {
-  if (root == Root::kPatch) return q / (norm * norm);
+  if (root == Root::kPatch) return q / norm;
   const S length = norm - S(kRowNormEps);
-  return length > S(0) ? q / norm / length : S(0);
+  return length > S(0) ? q / length : S(0);
 }
 
-// Per element: dL/dl; n * dL/dn (what it adds to the sum over the group's channels); dL/dB.
+// Per element: dL/dl; dL/dn (what it adds to the sum over the group's channels); dL/dB. Products are of g and cosines, which
+// overflow later than those of l, y or n.
 template <class V>
 struct Slopes {
   V linear;
@@ -95,8 +96,9 @@ struct Quadratic {
 
   template <class V>
   BCOS_INLINE Slopes<V> backward(V g, V y, V rn) const {
-    const V cos = Ops<V>::sqrt(Ops<V>::abs(y) * rn);
-    return {g * (cos * V(gain)), V(0) - g * y, V(0)};
+    const V square = y * rn;  // cos^2, with the sign of y
+    const V cos = Ops<V>::sqrt(Ops<V>::abs(square));
+    return {g * (cos * V(gain)), V(0) - g * square, V(0)};
   }
 };
 
@@ -107,8 +109,8 @@ struct QuadraticOfLinear : Quadratic<S> {
 
   template <class V>
   BCOS_INLINE Slopes<V> backward(V g, V l, V rn) const {
-    const V cos = Ops<V>::abs(l) * rn;
-    return {g * (cos * V(this->gain)), V(0) - g * (l * cos), V(0)};
+    const V signed_cos = l * rn, cos = Ops<V>::abs(signed_cos);
+    return {g * (cos * V(this->gain)), V(0) - g * (signed_cos * cos), V(0)};
   }
 };
 
@@ -131,7 +133,7 @@ struct General {
     const V base = cos + V(S(kCosEps));  // never below 1e-6: the logarithm and the quotient are safe
     const V factor = Ops<V>::pow(base, V(power));
     const V slope = V(power) * factor / base * cos;
-    return {g * (factor + V(pull) * slope), V(0) - g * l * slope, g * l * factor * Ops<V>::log(base)};
+    return {g * (factor + V(pull) * slope), V(0) - g * slope * (l * rn), g * l * factor * Ops<V>::log(base)};
   }
 };
 

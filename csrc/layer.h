@@ -3,12 +3,15 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <array>
+#include <optional>
 #include <tuple>
 
 #include "window.h"
 
 namespace bcos {
 
+using Three = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 using Four = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 inline at::ScalarType accumulator(at::ScalarType type) { return type == at::kDouble ? at::kDouble : at::kFloat; }
@@ -18,7 +21,15 @@ at::MemoryFormat conv_format(const at::Tensor& x, const at::Tensor& weight);
 Window conv_window(const at::Tensor& x, const at::Tensor& weight, at::IntArrayRef stride, at::IntArrayRef padding,
                    at::IntArrayRef dilation);
 
-// ||w|| of each row, in the accumulator's type.
+// at::convolution and its derivative, around what they do wrong on a CPU: see bcos_kernels/convolution.py, which does the
+// same for the backends in Python.
+at::Tensor convolution(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                       at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups);
+Three convolution_backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight,
+                           const std::optional<at::Tensor>& bias, at::IntArrayRef stride, at::IntArrayRef padding,
+                           at::IntArrayRef dilation, int64_t groups, std::array<bool, 3> needs);
+
+// ||w|| of each row, in the accumulator's type, however long or short.
 at::Tensor row_lengths(const at::Tensor& weight);
 // w / ||w|| per row where wanted, else w.
 at::Tensor unit_rows(const at::Tensor& weight, bool normalize);

@@ -6,6 +6,8 @@ import pytest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fuzz", type=int, default=2000, metavar="N", help="run N random configurations (default 2000)")
+    parser.addoption("--fuzz-seed", type=int, metavar="SEED", help="run this one configuration of the fuzzer alone")
     parser.addoption(
         "--sweep", action="store_true", help="convert every network of tests/sweep_networks.txt, not a sixth"
     )

@@ -276,7 +276,7 @@ def _scale_backward(
                 b_db += tl.sum(b_db_element, 1)
             if p_pull is not None:
                 if DEPTHWISE:
-                    tl.store(p_pull + o_norm, b_dnorm / epilogue.length(b_norm, NORM), mask=m)
+                    tl.store(p_pull + o_norm, epilogue.pull(b_dnorm, b_norm, NORM), mask=m)
                 else:
                     b_pull += tl.sum(b_dnorm, 1)
         if p_du is not None:
@@ -290,7 +290,7 @@ def _scale_backward(
                     tl.store(p_du + o_u[:, None] + ((o_c * M + i) * u_c)[None, :], b_row, mask=m)
     if (KIND != epilogue.LINEAR) and (not DEPTHWISE) and (p_pull is not None):
         b_norm = tl.load(p_norm + o_norm, mask=m_r, other=1)
-        tl.store(p_pull + o_norm, b_pull / epilogue.length(b_norm, NORM), mask=m_r)
+        tl.store(p_pull + o_norm, epilogue.pull(b_pull, b_norm, NORM), mask=m_r)
     if p_db is not None:
         o_program = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
         tl.store(p_db + o_program, tl.sum(b_db, 0))

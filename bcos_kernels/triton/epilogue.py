@@ -28,8 +28,6 @@ ROW: tl.constexpr = tl.constexpr(1)
 _PATCH_EPS: tl.constexpr = tl.constexpr(reference.PATCH_NORM_EPS)
 _ROW_EPS: tl.constexpr = tl.constexpr(reference.ROW_NORM_EPS)
 _COS_EPS: tl.constexpr = tl.constexpr(reference.COS_EPS)
-#: Smallest normal float32: dn/dx = x / ||x|| is taken as 0 at the origin, like the gradient of torch's own norm.
-_TINY: tl.constexpr = tl.constexpr(2.0**-126)
 
 
 def kind(options: Options) -> int:
@@ -50,12 +48,17 @@ def root(b_squares, NORM: tl.constexpr):
 
 
 @triton.jit
-def length(b_norm, NORM: tl.constexpr):
-    """What ``x`` is divided by in ``dn/dx``: n itself (PATCH), or ``n - 1e-12 = ||x||`` (ROW)."""
+def pull(b_dnorm, b_norm, NORM: tl.constexpr):
+    """What ``x`` is multiplied by in its gradient: ``dL/dn / n`` (PATCH), or ``dL/dn / (n - 1e-12)`` (ROW).
+
+    0 at the origin, like the gradient of torch's own norm.
+    """
     if NORM == ROW:
-        ACC: tl.constexpr = b_norm.dtype
-        b_norm = tl.maximum(b_norm - tl.full((), _ROW_EPS, ACC), tl.full((), _TINY, ACC))
-    return b_norm
+        b_norm = b_norm - tl.full((), _ROW_EPS, b_norm.dtype)
+        b_pull = tl.where(b_norm > 0, b_dnorm / b_norm, 0)
+    else:
+        b_pull = b_dnorm / b_norm
+    return b_pull
 
 
 @triton.jit
@@ -80,9 +83,9 @@ def scaled(b_linear, b_norm, p_b, KIND: tl.constexpr):
 
 @triton.jit
 def recovered(b_kept, b_norm, KEEPS_LINEAR: tl.constexpr):
-    """``l`` itself where it was kept, else ``sign(y) sqrt(|y| n)`` (B = 2)."""
+    """``l`` itself where it was kept, else ``sign(y) sqrt(|y| n)`` (B = 2; two roots, since the product overflows)."""
     if not KEEPS_LINEAR:
-        b_size = tl.sqrt(tl.abs(b_kept) * b_norm)
+        b_size = tl.sqrt(tl.abs(b_kept)) * tl.sqrt(b_norm)
         b_kept = tl.where(b_kept < 0, -b_size, b_size)
     return b_kept
 
@@ -91,21 +94,22 @@ def recovered(b_kept, b_norm, KEEPS_LINEAR: tl.constexpr):
 def scaled_backward(b_grad, b_linear, b_norm, p_b, KIND: tl.constexpr, DETACH: tl.constexpr, NEEDS_B: tl.constexpr):
     """``(dL/dl, dL/dn, dL/dB)`` by element for ``g = dL/dy``, B not 1. In explanation mode (DETACH) ``dL/dn`` is not valid.
 
-    With c = |l|/n.  B = 2: ``2 g c`` (DETACH: ``g c``), ``-g l c / n``.
+    With c = |l|/n.  B = 2: ``2 g c`` (DETACH: ``g c``), ``-g c (l/n)``.
     General, with f = (c + 1e-6)^(B-1) and s = (B-1) f c / (c + 1e-6):
-    ``g (f + s)`` (DETACH: ``g f``), ``-g l s / n``, ``g l f log(c + 1e-6)``.
+    ``g (f + s)`` (DETACH: ``g f``), ``-g s (l/n)``, ``g l f log(c + 1e-6)``.
     """
-    b_cos = tl.abs(b_linear) / b_norm
+    b_signed = b_linear / b_norm
+    b_cos = tl.abs(b_signed)
     if KIND == QUADRATIC:
         b_dlinear = b_grad * b_cos
-        b_dnorm = -b_dlinear * b_linear / b_norm
+        b_dnorm = -b_dlinear * b_signed
         if not DETACH:
             b_dlinear *= 2
         b_db = b_dlinear
     else:
         less_one, b_base, b_factor = _power(b_cos, p_b, b_linear.dtype)
         b_slope = less_one * b_factor * b_cos / b_base
-        b_dnorm = -b_grad * b_linear * b_slope / b_norm
+        b_dnorm = -b_grad * b_slope * b_signed
         b_db = b_grad * b_linear * b_factor
         if NEEDS_B:
             b_db *= tl.log(b_base)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bcos_kernels import convolution
 from bcos_kernels.contract import (
     Forward,
     Gradients,
@@ -25,7 +26,7 @@ from bcos_kernels.triton import conv2d as direct
 from bcos_kernels.triton import elementwise, epilogue, tiles
 from bcos_kernels.triton import linear as pointwise
 from bcos_kernels.triton.common import channels_last, dense, guard, layout, row_layout
-from bcos_kernels.weights import unit_rows, unit_rows_backward
+from bcos_kernels.weights import row_lengths, unit_rows, unit_rows_backward
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -47,13 +48,9 @@ def _on_device_of_first(operation: Callable[_P, _R]) -> Callable[_P, _R]:
 # ---- weights of unit length
 
 
-def _lengths(weight: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(weight.flatten(1), dim=1, dtype=accumulator(weight.dtype))
-
-
 def _gain(weight: Tensor, options: Options) -> Tensor | None:
     """``1 / ||w||`` for the epilogue of a fused kernel: unlike a rounded ``w / ||w||`` it costs no precision."""
-    return _lengths(weight).reciprocal() if options.normalize_weight else None
+    return row_lengths(weight).flatten().reciprocal() if options.normalize_weight else None
 
 
 # ---- convolution
@@ -76,7 +73,7 @@ def conv2d(
         return _empty_forward(x, (x.shape[0], weight.shape[0] // o.max_out, *size), (o.groups, *size), o, for_backward)
     x = dense(x, fmt)
     if not tiles.fused_conv2d(x, weight, o):
-        u = F.conv2d(x, unit_rows(weight, o), bias, o.stride, o.padding, o.dilation, o.groups)
+        u = convolution.forward(x, unit_rows(weight, o), bias, o.stride, o.padding, o.dilation, o.groups)
         u = u.contiguous(memory_format=fmt)
         norm = x.new_empty(0, dtype=accumulator(x.dtype))
         if not o.is_linear:
@@ -139,10 +136,7 @@ def conv2d_backward(
         dx = _as_image(dx, x.shape[0], (x.shape[2], x.shape[3]))
     mask = [needs.x and not own, needs.weight, needs.bias]
     if any(mask):
-        sizes = None if bias is None else list(bias.shape)
-        by_aten, dunit, dbias = torch.ops.aten.convolution_backward(
-            du, x, unit, sizes, o.stride, o.padding, o.dilation, False, [0, 0], o.groups, mask
-        )
+        by_aten, dunit, dbias = convolution.backward(du, x, unit, bias, o.stride, o.padding, o.dilation, o.groups, mask)
         dx = by_aten if mask[0] else dx
         dweight = unit_rows_backward(dunit, weight, o) if needs.weight else empty
         dbias = dbias if needs.bias else empty

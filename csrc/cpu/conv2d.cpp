@@ -1,7 +1,5 @@
 // B-cos convolution: ATen's convolution, the patch norm from one pass over x, the scale in one pass over the output.
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/convolution.h>
-#include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros_like.h>
@@ -124,8 +122,7 @@ Four conv2d(const at::Tensor& x_, const at::Tensor& weight, const std::optional<
                  keep_linear ? linear.mutable_data_ptr<float>() : nullptr);
     return {y, norm, linear, winner};
   }
-  const at::Tensor u =
-      at::convolution(x, w, bias, stride, padding, dilation, false, {0, 0}, groups).contiguous(g.format);
+  const at::Tensor u = convolution(x, w, bias, stride, padding, dilation, groups).contiguous(g.format);
   if (e.form == Form::kLinear && max_out == 1) return {u, norm, linear, winner};
   if (keep_winner) winner = g.make_y(x, at::kByte);
   if (keep_linear) linear = max_out == 1 ? u : g.make_y(x, x.scalar_type());
@@ -187,10 +184,8 @@ Four conv2d_backward(const at::Tensor& grad_, const at::Tensor& x_, const at::Te
     if (scaled && needs[0] && !detach) pixel_sum = at::empty_like(norm);
     db = ScaleBackward{g.of_y(), g.out, max_out, e, detach, needs[3], grad, kept, norm, winner, du, pixel_sum}.run();
   }
-  const at::OptionalIntArrayRef bias_sizes = bias ? at::OptionalIntArrayRef(bias->sizes()) : std::nullopt;
   const auto differentiate = [&](bool by_x, bool by_weight, bool by_bias) {
-    return at::convolution_backward(du, x, w, bias_sizes, stride, padding, dilation, false, {0, 0}, groups,
-                                    {by_x, by_weight, by_bias});
+    return convolution_backward(du, x, w, bias, stride, padding, dilation, groups, {by_x, by_weight, by_bias});
   };
   // dx first, and finished: it is still in the cache when x is added to it, and x when dweight is computed.
   if (needs[0]) dx = std::get<0>(differentiate(true, false, false)).contiguous(g.format);

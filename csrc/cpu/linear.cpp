@@ -59,17 +59,14 @@ void row_norms(const Sizes& s, const at::Tensor& x, at::Tensor& norm) {
   norm.sqrt_().add_(kRowNormEps);
 }
 
-// dx += x * (dL/dn) / ||x||, from pixel_sum = n * dL/dn; 0 at the origin, as for torch's own norm.
+// dx += x * (dL/dn) / ||x||, from pixel_sum = dL/dn.
 template <class T>
 void pull_norm(const Sizes& s, const at::Tensor& x, at::Tensor& pixel_sum, const at::Tensor& norm, at::Tensor& dx) {
   using A = Acc<T>;
   if (x.numel() == 0) return;
   A* q = pixel_sum.mutable_data_ptr<A>();
   const A* n = norm.const_data_ptr<A>();
-  for (int64_t r = 0; r < s.rows; ++r) {
-    const A length = n[r] - static_cast<A>(kRowNormEps);
-    q[r] = length > 0 ? q[r] / n[r] / length : A(0);
-  }
+  for (int64_t r = 0; r < s.rows; ++r) q[r] = pull_of(Root::kRow, q[r], n[r]);
   add_scaled<T>(s.layout(), s.in, dx.mutable_data_ptr<T>(), x.const_data_ptr<T>(), q);
 }
 

@@ -113,7 +113,7 @@ struct ScaleForward {
   void run() const;
 };
 
-// The same backward: du from grad, and, where defined, pixel_sum [images, groups, pixels] = n * dL/dn. Returns dL/dB,
+// The same backward: du from grad, and, where defined, pixel_sum [images, groups, pixels] = dL/dn. Returns dL/dB,
 // which is 0 unless `needs_b`.
 struct ScaleBackward {
   Layout layout;

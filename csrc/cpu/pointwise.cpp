@@ -176,11 +176,8 @@ void Pointwise::backward(const float* grad, const float* kept, const float* norm
       t.scale_backward(true, grad + first * out, out, kept + first * out, out, dl.get(), out, count, out, n,
                        pull_norm ? s : nullptr, wanted.db ? &db[slot * 8] : nullptr, exponent, detach);
       if (pull_norm) {
-        for (int64_t i = 0; i < count; ++i) {
-          // dn/dx = x / n for the patch norm; x / ||x|| for the row norm, and 0 at the origin as for torch's own
-          const float length = patch_norm ? n[i] : n[i] - static_cast<float>(kRowNormEps);
-          s[i] = length > 0 ? s[i] / n[i] / length : 0.f;
-        }
+        const Root root = patch_norm ? Root::kPatch : Root::kRow;
+        for (int64_t i = 0; i < count; ++i) s[i] = pull_of(root, s[i], n[i]);
       }
       if (wanted.dbias) {
         for (int64_t i = 0; i < count; ++i) {

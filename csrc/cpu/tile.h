@@ -34,7 +34,7 @@ struct Tiles {
   void (*scale)(bool by_row, const T* l, int64_t ldl, T* y, int64_t ldy, int64_t rows, int64_t cols, const A* norm,
                 Exponent e);
 
-  // dl from g and `kept` (y for B = 2, else l). Where wanted (not null): pixel_sum = n * dL/dn, summed over the tile's
+  // dl from g and `kept` (y for B = 2, else l). Where wanted (not null): pixel_sum = dL/dn, summed over the tile's
   // channels (overwritten), and db += the sum of dL/dB. B = 1 is not for this function.
   void (*scale_backward)(bool by_row, const T* grad, int64_t ldg, const T* kept, int64_t ldk, T* dl, int64_t lddl,
                          int64_t rows, int64_t cols, const A* norm, A* pixel_sum, double* db, Exponent e, bool detach);

@@ -59,7 +59,7 @@ void spread(const Window& w, int64_t maps, A* pixel_sum, const A* norm, A* out) 
   const int64_t n = maps * w.out_height * w.out_width;
   A* s = w.is_pixel() ? out : pixel_sum;
   at::parallel_for(0, n, 32768, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) s[i] = pixel_sum[i] / (norm[i] * norm[i]);
+    for (int64_t i = begin; i < end; ++i) s[i] = pull_of(Root::kPatch, pixel_sum[i], norm[i]);
   });
   if (w.is_pixel()) return;
   const int64_t padded = w.width + 2 * w.padding[1];

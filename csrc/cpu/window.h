@@ -11,7 +11,7 @@ namespace bcos::cpu {
 template <class A>
 void patch_norm(const Window& w, int64_t maps, const A* squares, A* norm);
 
-// The adjoint of the window sum, of pixel_sum / n^2: what `x` is to be multiplied by, [maps, H, W]. Spends `pixel_sum`.
+// The adjoint of the window sum, of pixel_sum / n: what `x` is to be multiplied by, [maps, H, W]. Spends `pixel_sum`.
 template <class A>
 void spread(const Window& w, int64_t maps, A* pixel_sum, const A* norm, A* out);
 
