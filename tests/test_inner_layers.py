@@ -363,7 +363,9 @@ def test_attention_pool(unpool: bool) -> None:
 
 
 @pytest.mark.parametrize("explained", [False, True])
-@pytest.mark.parametrize("make", [lambda: PlainConv2d(6, 4, 3), lambda: modules.BcosConv2d(6, 4, 3)], ids=["B-cosification", "B-cos v2"])
+@pytest.mark.parametrize(
+    "make", [lambda: PlainConv2d(6, 4, 3), lambda: modules.BcosConv2d(6, 4, 3)], ids=["B-cosification", "B-cos v2"]
+)
 def test_what_is_done_to_a_swapped_layer_counts(make: Callable[[], nn.Module], explained: bool) -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 6, 7, 7, dtype=torch.float64)
