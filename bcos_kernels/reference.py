@@ -37,12 +37,18 @@ ROW_NORM_EPS = 1e-12
 COS_EPS = 1e-6
 
 
+#: Whether the definitions look at the values of their arguments; see :func:`_float64_where_needed`.
+watches_values = True
+
+
 def _float64_where_needed(*, axis: int) -> Callable[[Callable[_P, Tensor]], Callable[_P, Tensor]]:
     """Makes a definition compute in float64 where float32 may not hold its squares and products, and round the result.
 
     That is where a part of an argument, which is what lies along ``axis`` and those behind it, is nowhere larger than 1e-4
     (``x`` alone may be zero there), or somewhere larger than 1e4. Values are looked at on a CPU alone: elsewhere that would
-    wait for the device. float16 is computed in float32 throughout: it may not even hold the linear part of a layer.
+    wait for the device. Looking takes a pass over every argument; benchmarks, which compare with what the definition costs in
+    plain PyTorch, switch it off (``watches_values``). float16 is computed in float32 throughout: it may not even hold the
+    linear part of a layer.
     """
 
     def is_extreme(t: Tensor, *, zero: bool) -> bool:
@@ -59,7 +65,8 @@ def _float64_where_needed(*, axis: int) -> Callable[[Callable[_P, Tensor]], Call
             if dtype == torch.float16:
                 wider = torch.float32
             elif (
-                dtype != torch.float64
+                watches_values
+                and dtype != torch.float64
                 and all(map(readable, tensors))
                 and any(is_extreme(t, zero=t is tensors[0]) for t in tensors)
             ):

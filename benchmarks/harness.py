@@ -7,7 +7,8 @@ import datetime
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 import bcos_kernels
-from bcos_kernels import choice
+from bcos_kernels import choice, reference
 
 PHASES = ("forward", "backward", "both")
 Step = tuple[Callable[[], Tensor], Callable[[Tensor], object]]  #: (forward, backward of its output)
@@ -82,6 +83,17 @@ class Clock:
         return (middle - start) * 1e3, (end - middle) * 1e3
 
 
+@contextmanager
+def plain_reference() -> Iterator[None]:
+    """The reference without its look at the values of its arguments, so that it costs what plain PyTorch costs."""
+    reference.watches_values = False
+    try:
+        yield
+    finally:
+        reference.watches_values = True
+
+
+@plain_reference()
 def take_turns(clock: Clock, steps: dict[str, Step], rounds: int, seconds: float) -> dict[str, dict[str, list[float]]]:
     """Times by contender and phase, one of each a round; who begins changes. Ends after ``rounds`` or ``seconds``."""
     times: dict[str, dict[str, list[float]]] = {name: {phase: [] for phase in PHASES} for name in steps}
@@ -115,6 +127,7 @@ def summary(times: Sequence[float], baseline: Sequence[float]) -> dict[str, str]
     }
 
 
+@plain_reference()
 def peak_mib(step: Step, device: str) -> float:
     """Most memory that one forward and backward pass holds beyond its inputs, as torch's allocator counts it."""
     forward, backward = step
