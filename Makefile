@@ -12,8 +12,9 @@ export OMP_NUM_THREADS ?= $(THREADS)
 demo: $(STAMP)
 	$(BIN)/python demo.py --output demo
 
+# A process for each core, up to four. What waits for the other threads of its pool must not spin: the cores are taken.
 test: $(STAMP)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(THREADS) --maxprocesses 4 $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
