@@ -13,6 +13,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The slow tests come first, so that all processes end at about the same time."""
+    items.sort(key=lambda item: "slow" not in item.keywords)
+
+
 @pytest.fixture
 def sweep(request: pytest.FixtureRequest) -> bool:
     return bool(request.config.getoption("--sweep"))
