@@ -12,16 +12,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bcos_kernels.identity import class_name, has_any_hook, known_class
+from bcos_kernels.identity import averages_all, class_name, has_any_hook, known_class
 from bcos_kernels.modules.fused import norm_relu, norm_relu_conv
 
 _LINEAR = class_name(nn.Linear)
 _IDENTITY = class_name(nn.Identity)
-
-
-def averages_all(pool: nn.Module) -> bool:
-    """Whether the module is the average over all locations, as torch computes it."""
-    return known_class(pool, (class_name(nn.AdaptiveAvgPool2d),)) is not None and pool.output_size in (1, (1, 1))
 
 
 class Backbone(nn.Module):
@@ -87,7 +82,7 @@ class SimpleViT(Backbone):
     The head, a norm and a linear layer, sees every token; the mean over tokens comes last ("gapReorder").
     """
 
-    classes = ("bcos.models.vit.SimpleViT", "models.vit.SimpleViT")
+    classes = ("bcos.models.vit.SimpleViT", "bcos_kernels/SimpleViT")
     head = "linear_head.linear"
     convolves = False
     renumbered = False
@@ -106,7 +101,7 @@ class SimpleViT(Backbone):
 class ClipResNet(Backbone):
     """OpenAI's CLIP ResNet (arXiv 2103.00020): an image encoder with an attention pool and no classifier."""
 
-    classes = ("clip.model.ModifiedResNet", "models.clip.ClipResNet")
+    classes = ("clip.model.ModifiedResNet", "bcos_kernels/ClipResNet")
     head = None
 
     @classmethod

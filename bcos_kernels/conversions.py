@@ -7,8 +7,11 @@ A layer that has another forward pass than its class is not recognised.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import MethodType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -146,7 +149,7 @@ def _group_norm(norm: nn.GroupNorm, recipe: Recipe) -> nn.Module:
 
 
 def _attention(attention: nn.Module, recipe: Recipe) -> nn.Module:
-    kind = _attention_kind(attention)
+    kind = attention_kind(attention)
     assert kind is not None
     keep = {"keep_positions": recipe.biases} if kind is AttentionPool2d else {}
     if kind is AttentionPool2d and isinstance(recipe.b, Tensor):
@@ -161,11 +164,11 @@ def _attention(attention: nn.Module, recipe: Recipe) -> nn.Module:
 
 def _makes_weights_only(module: nn.Module, name: str) -> bool:
     """Whether the child only makes attention weights, which are constants of an explanation."""
-    kind = _attention_kind(module)
+    kind = attention_kind(module)
     return kind is not None and name in kind.weights_only
 
 
-def _attention_kind(module: nn.Module) -> type[DetachableAttention] | None:
+def attention_kind(module: nn.Module) -> type[DetachableAttention] | None:
     return next((kind for kind in ATTENTIONS if kind.fits(module)), None)
 
 
@@ -251,7 +254,7 @@ def is_linear_layer(module: nn.Module) -> bool:
 
 def converter(module: nn.Module) -> Callable[..., nn.Module] | None:
     """The function that makes the B-cos counterpart of ``(module, recipe)``, or None where there is none."""
-    if _attention_kind(module) is not None:
+    if attention_kind(module) is not None:
         return _attention
     if DetachableSqueezeExcitation.fits(module):
         return _squeeze_excitation
@@ -265,7 +268,7 @@ def stays(module: nn.Module) -> bool:
 
 
 def unknown_layers(model: nn.Module, recipe: Recipe) -> Iterator[str]:
-    """``path: class`` of every layer that cannot be converted, and what it is about it; none twice."""
+    """``path: class`` of every layer that cannot be converted, with the reason; each layer once."""
     for path, module in model.named_modules():
         if (why := _peculiarity(module, root=module is model)) is not None:
             yield f"{_named(path, module)} {why}"
@@ -298,17 +301,33 @@ def _unknown_layers(model: nn.Module, recipe: Recipe, path: str, seen: set[nn.Mo
 
 
 def _peculiarity(module: nn.Module, root: bool) -> str | None:
-    """What makes any module something that cannot be read: torch.fx follows no forward pass on the instance of the root, and
-    a function that is not bound to its module goes on using the modules that it was made with.
-    """
+    """Why the calls of a module of any class cannot be read from its class and its children."""
     if isinstance(module, torch.jit.ScriptModule):
         return "in TorchScript (pass the nn.Module that it was made from)"
     if parametrize.is_parametrized(module):
         return "with parametrised weights (torch.nn.utils.parametrize.remove_parametrizations makes them plain)"
     forward = vars(module).get("forward")
+    # torch.fx ignores one on the root, and a function that is not bound to the module keeps the modules that it was made with
     if forward is not None and (root or getattr(forward, "__self__", None) is not module):
         return "with a forward pass of its own that was put on the instance (make it a method of a subclass)"
+    for name, value in vars(module).items():
+        hidden = next((m for m in _modules_in(value) if m is not module), None)
+        if name != "_modules" and not name.endswith("_hooks") and hidden is not None:
+            return f"with a {type(hidden).__name__} in `{name}`, where a conversion does not find it (register it as a child)"
     return None
+
+
+def _modules_in(value: Any, depth: int = 3) -> Iterator[nn.Module]:
+    """The modules that a plain attribute holds: itself, in containers, or as what a method or a partial is bound to."""
+    if isinstance(value, nn.Module):
+        yield value
+    elif depth and isinstance(value, (list, tuple, set, frozenset, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _modules_in(item, depth - 1)
+    elif isinstance(value, functools.partial):
+        yield from _modules_in((value.func, *value.args, *value.keywords.values()), depth)
+    elif isinstance(value, MethodType):
+        yield from _modules_in(value.__self__, depth)
 
 
 def _refusal(module: nn.Module, recipe: Recipe) -> str | None:
@@ -357,18 +376,11 @@ def convert(module: nn.Module, recipe: Recipe) -> nn.Module:
     return recipe.done[module]
 
 
-def renumber(module: nn.Module, done: dict[nn.Module, nn.Module] | None = None) -> None:
+def renumber(module: nn.Module) -> None:
     """Names the children of every ``nn.Sequential`` 0, 1, .., as the public code's conversion of CNNs does."""
-    done = {} if done is None else done
-    for name, child in module._modules.items():
-        if child is not None and child not in done:
-            renumber(child, done)
-            done[child] = child
-            if isinstance(child, nn.Sequential):
-                kind = FusedSequential if isinstance(child, FusedSequential) else nn.Sequential
-                done[child] = kind(*child._modules.values()).train(child.training)  # type: ignore[arg-type]
-        if child is not None:
-            module._modules[name] = done[child]
+    for child in module.modules():
+        if type(child) in (nn.Sequential, FusedSequential):
+            child._modules = {str(i): c for i, c in enumerate(child._modules.values())}
 
 
 def remove_biases(module: nn.Module) -> None:

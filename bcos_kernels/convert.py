@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from bcos_kernels.backbones import BACKBONES, Backbone, SimpleViT
 from bcos_kernels.conversions import Recipe, convert, not_in_place, remove_biases, renumber, unknown_layers
 from bcos_kernels.functional import check_exponent
-from bcos_kernels.identity import class_name, known_class
+from bcos_kernels.identity import class_name, has_any_hook, known_class
 from bcos_kernels.modules import BcosConv2d, BcosLinear, BcosMapClassifier, LogitLayer, Normalize
 from bcos_kernels.structure import analyse
 
@@ -92,7 +92,7 @@ def bcosify(
         model: one of these, with any number of classes; or one made of the same layers:
             torchvision's ResNet, DenseNet, VGG, ConvNeXt, EfficientNet, RegNet, ViT; timm's ResNet, DenseNet, ConvNeXt,
             EfficientNet, ViT, DeiT; the simple ViTs of B-cos v2; OpenAI's CLIP ResNet (``normalize="clip"``). DataParallel,
-            DistributedDataParallel, AveragedModel and ``torch.compile`` around it are left out.
+            DistributedDataParallel, AveragedModel and ``torch.compile`` around it are unwrapped first.
         num_classes: None keeps the classifier. Another number than the classifier has replaces it by a new, random one.
         b: exponent of every layer, a number >= 1. A tensor gives every layer a learnable exponent that starts there.
         normalize: with whose mean and standard deviation the network normalises its own input; None: not at all. An
@@ -114,6 +114,7 @@ def bcosify(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
     while (inner := _WRAPPERS.get(class_name(type(model)))) is not None:
+        _refuse_hooks(model, "model")
         model = getattr(model, inner)
     for name, module in model.named_modules():
         if isinstance(module, (BcosConv2d, BcosLinear, BcosNetwork)):
@@ -228,12 +229,20 @@ def _without_normalisation(model: nn.Module) -> tuple[nn.Module, _Statistics | N
         return model, None
     if known_class(first, _NORMALISATIONS) is None:
         return model, None
+    _refuse_hooks(first, next(iter(model._modules)))
     mean, std = (tuple(float(v) for v in getattr(first, name)) for name in ("mean", "std"))
     if len(mean) != 3 or len(std) != 3:
         raise ValueError(f"model begins with a {type(first).__name__} of {len(mean)} channels; it must have three")
     network = copy.copy(model)
     network._modules = {**model._modules, next(iter(model._modules)): nn.Identity().train(model.training)}
     return network, (mean, std)
+
+
+def _refuse_hooks(module: nn.Module, path: str) -> None:
+    if has_any_hook(module):
+        raise ValueError(
+            f"model: {path}, a {type(module).__name__}, has a hook that would be lost; remove it before the conversion"
+        )
 
 
 def _normalization(statistics: _Statistics | None) -> nn.Module:

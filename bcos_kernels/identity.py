@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Container
-from types import CodeType
+from types import CodeType, FunctionType
 from typing import Any
 
 from torch import nn
@@ -21,15 +21,19 @@ _ABSENT = object()
 
 
 def class_name(kind: type) -> str:
-    """Module and qualified name, such as ``torch.nn.modules.conv.Conv2d``."""
-    return f"{kind.__module__}.{kind.__qualname__}"
+    """Module and qualified name, such as ``torch.nn.modules.conv.Conv2d``.
+
+    A class that is to be known although its module has a name that any project may use, such as ``models.vit``, says its name
+    itself, in an attribute ``bcos_kernels_class`` of its own.
+    """
+    return vars(kind).get("bcos_kernels_class") or f"{kind.__module__}.{kind.__qualname__}"
 
 
 def known_class(module: nn.Module, names: Container[str]) -> str | None:
     """The name of the nearest of the module's classes that is in ``names``, if the module computes what that class computes.
 
     None where no class is in ``names``, or where something that the forward pass of the class uses was overridden by a
-    subclass or on the instance.
+    subclass, on the instance, or on the class itself by another module's code.
     """
     for kind in type(module).__mro__:
         if (name := class_name(kind)) in names:
@@ -37,19 +41,35 @@ def known_class(module: nn.Module, names: Container[str]) -> str | None:
     return None
 
 
+def averages_all(pool: nn.Module) -> bool:
+    """Whether the module is the average over all locations, as torch computes it."""
+    return known_class(pool, (class_name(nn.AdaptiveAvgPool2d),)) is not None and pool.output_size in (1, (1, 1))
+
+
+def has_any_hook(module: nn.Module) -> bool:
+    """Whether the module has any hook, on forward, backward or its state dict; a module in its place would not have it."""
+    return any(hooks for name, hooks in vars(module).items() if name.endswith("_hooks") and isinstance(hooks, dict))
+
+
 def _computes_as(module: nn.Module, base: type) -> bool:
     own, kind = vars(module), type(module)
     for name in _used_by_forward(base):
         known = inspect.getattr_static(base, name, _ABSENT)
-        if inspect.getattr_static(kind, name, _ABSENT) is not known:
+        if inspect.getattr_static(kind, name, _ABSENT) is not known or (name in own and callable(known)):
             return False
-        if name in own and callable(known):
+        if name not in _CALL and not _is_original(base, name):
             return False
     return True
 
 
-@functools.cache
-def _used_by_forward(base: type) -> tuple[str, ...]:
+def _is_original(base: type, name: str) -> bool:
+    """Whether a method is from the module that defines its class: nobody has put another one there since."""
+    owner = next((kind for kind in base.__mro__ if name in vars(kind)), None)
+    function = None if owner is None else _function(vars(owner)[name])
+    return owner is None or function is None or inspect.unwrap(function).__module__ == owner.__module__
+
+
+def _used_by_forward(base: type) -> set[str]:
     """Every name that ``base.forward``, and the methods that it calls, may look up on the class.
 
     Names of functions and of attributes are among them; comparing those too does no harm.
@@ -59,23 +79,19 @@ def _used_by_forward(base: type) -> tuple[str, ...]:
         name = todo.pop()
         if name not in found:
             found.add(name)
-            todo += _names(inspect.getattr_static(base, name, None))
-    return tuple(sorted(found))
+            function = _function(inspect.getattr_static(base, name, None))
+            todo += () if function is None else _names(inspect.unwrap(function).__code__)
+    return found
 
 
-def _names(attribute: Any) -> list[str]:
-    """The names in the code of a method or property."""
+def _function(attribute: Any) -> FunctionType | None:
+    """The function of a method or property."""
     function = attribute.fget if isinstance(attribute, property) else getattr(attribute, "__func__", attribute)
-    if not inspect.isfunction(function):
-        return []
-    codes, names = [inspect.unwrap(function).__code__], []
-    while codes:
-        code = codes.pop()
-        names += code.co_names
-        codes += [c for c in code.co_consts if isinstance(c, CodeType)]  # lambdas and comprehensions
-    return names
+    return function if isinstance(function, FunctionType) else None
 
 
-def has_any_hook(module: nn.Module) -> bool:
-    """Whether the module has a hook that would be lost with it: on its passes, or on its state dict."""
-    return any(hooks for name, hooks in vars(module).items() if name.endswith("_hooks") and isinstance(hooks, dict))
+@functools.cache
+def _names(code: CodeType) -> tuple[str, ...]:
+    """The names in the code, and in that of the lambdas and comprehensions inside."""
+    inner = (_names(c) for c in code.co_consts if isinstance(c, CodeType))
+    return (*code.co_names, *(name for names in inner for name in names))

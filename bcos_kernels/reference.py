@@ -371,6 +371,8 @@ def gelu(x: Tensor, *, approximate: str = "none", detach_gate: bool = False) -> 
 
     ``approximate="tanh"``: torch's other GELU, ``gate = 0.5 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))``.
     """
+    if has_torch_function((x,)):  # see `scaled`
+        return handle_torch_function(gelu, (x,), x, approximate=approximate, detach_gate=detach_gate)
     dtype, x = x.dtype, wide(x)
     if approximate == "tanh":
         gate = 0.5 * (1 + torch.tanh((2 / math.pi) ** 0.5 * (x + 0.044715 * x**3)))
@@ -381,11 +383,15 @@ def gelu(x: Tensor, *, approximate: str = "none", detach_gate: bool = False) -> 
 
 def silu(x: Tensor, *, detach_gate: bool = False) -> Tensor:
     """``x * sigmoid(x)``; ``detach_gate`` makes the sigmoid a constant."""
+    if has_torch_function((x,)):  # see `scaled`
+        return handle_torch_function(silu, (x,), x, detach_gate=detach_gate)
     return scaled(wide(x), wide(x).sigmoid(), detach=detach_gate).to(x.dtype)
 
 
 def hardswish(x: Tensor, *, detach_gate: bool = False) -> Tensor:
     """``x * gate`` with ``gate = clamp(x + 3, 0, 6) / 6``; ``detach_gate`` makes the gate a constant."""
+    if has_torch_function((x,)):  # see `scaled`
+        return handle_torch_function(hardswish, (x,), x, detach_gate=detach_gate)
     return scaled(wide(x), (wide(x) + 3).clamp(0, 6) / 6, detach=detach_gate).to(x.dtype)
 
 

@@ -13,12 +13,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
-from bcos_kernels.backbones import averages_all
-from bcos_kernels.conversions import Recipe, converter, is_linear_layer, stays
-from bcos_kernels.identity import class_name, known_class
-from bcos_kernels.modules import ATTENTIONS, AttentionPool2d
+from bcos_kernels.conversions import Recipe, attention_kind, converter, is_linear_layer, stays
+from bcos_kernels.identity import averages_all, class_name, known_class
+from bcos_kernels.modules import AttentionPool2d
 
 #: Functions and methods that are linear in one tensor, or linear wherever they have a gradient, or take no part at all.
 # fmt: off
@@ -35,6 +35,8 @@ _LINEAR = frozenset((
 _PACKAGES = frozenset(("torch", "_operator", "builtins", "torchvision", "timm"))
 _ADDITIONS = frozenset(("add", "add_", "iadd", "sub", "sub_", "isub", "subtract"))
 _JOINS = frozenset(("cat", "concat", "concatenate", "stack"))
+#: Settings of these packages that save memory by computing layers again; they branch on what fx cannot tell.
+_RECOMPUTING = ("memory_efficient", "grad_checkpointing")
 #: Linear in each factor, so linear as long as only one of them depends on the image.
 _PRODUCTS = frozenset(("mul", "mul_", "imul", "matmul", "bmm", "multiply", "einsum"))
 _QUOTIENTS = frozenset(("truediv", "div", "itruediv", "div_", "divide"))
@@ -53,7 +55,7 @@ _BEFORE_LAYERS = frozenset(
 _PATCHES = frozenset(("unflatten", "permute", "flatten"))
 _PATCH_LAYERS = frozenset(("einops.layers.torch.Rearrange",))
 #: Modules whose output depends on the size of their input alone.
-_POSITIONS = frozenset(("bcos.models.vit.PosEmbSinCos2d", "models.vit.SinCosPositions"))
+_POSITIONS = frozenset(("bcos.models.vit.PosEmbSinCos2d", "bcos_kernels/SinCosPositions"))
 #: Layers that may stand between the pooling and the classifier, and do to each location what they did to the mean.
 _PER_LOCATION = frozenset(
     (
@@ -80,6 +82,10 @@ class Structure:
     constants: tuple[str, ...]
 
 
+#: In the meta data of a node: whether the call is differentiated.
+_GRADIENT = "gradient"
+
+
 class _Tracer(fx.Tracer):
     #: the innermost module whose forward pass could not be followed
     failed: str | None = None
@@ -87,6 +93,11 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         known = converter(m) is not None or stays(m) or known_class(m, _POSITIONS) is not None
         return known or super().is_leaf_module(m, module_qualified_name)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(*args, **kwargs)
+        node.meta[_GRADIENT] = torch.is_grad_enabled()
+        return node
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         try:
@@ -105,7 +116,11 @@ def analyse(model: nn.Module, first: str, recipe: Recipe, *, patches: bool = Fal
         ValueError: ``torch.fx`` cannot follow the forward pass; the message says why.
     """
     shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    model = copy.deepcopy(model, dict(shared))  # its tensors are the model's, its modes its own
+    model = copy.deepcopy(model, dict(shared))  # its tensors are the model's, its modes and settings its own
+    for module in model.modules():
+        for name in _RECOMPUTING:
+            if getattr(module, name, False) and class_name(type(module)).split(".")[0] in _PACKAGES:
+                setattr(module, name, False)
     graph = _trace(model.eval())
     walk = _Walk(model, graph, model.get_submodule(first), first, recipe, patches)
     problems = list(walk.problems())
@@ -118,7 +133,8 @@ def analyse(model: nn.Module, first: str, recipe: Recipe, *, patches: bool = Fal
 def _trace(model: nn.Module) -> fx.Graph:
     tracer = _Tracer()
     try:
-        return tracer.trace(model, _defaults(model))
+        with torch.inference_mode(False), torch.enable_grad():
+            return tracer.trace(model, _defaults(model))
     except Exception as error:  # whatever a forward pass raises when it meets proxies for tensors
         said = str(error).splitlines()
         raise ValueError(
@@ -156,6 +172,16 @@ def _module(model: nn.Module, node: fx.Node) -> nn.Module | None:
     return model.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
+def _operands(node: fx.Node) -> tuple[Any, Any]:
+    """The two operands of a call, by position or by name; None for one that it has not."""
+    values = [*node.args[:2], *(node.kwargs[k] for k in ("input", "other") if k in node.kwargs), None, None]
+    return values[0], values[1]
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, torch.dtype) and not value.is_floating_point
+
+
 def _where(model: nn.Module, node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack")
     if not stack:
@@ -187,7 +213,7 @@ class _Walk:
         yield from (f"the argument {n.name} of its forward pass, besides the image" for n in images[1:] if not n.args)
         self.raw, self.depends = set(images[:1]), set(images[:1])
         for node in self.graph.nodes:
-            inputs = [n for n in node.all_input_nodes if n in self.depends]
+            inputs = self._uses(node)
             if node.op in ("placeholder", "output") or not inputs or self._is_size(node):
                 continue
             self.depends.add(node)
@@ -202,6 +228,12 @@ class _Walk:
             yield f"its output, a {type(result).__name__} instead of a tensor of logits"
         elif result not in self.depends or result in self.raw:
             yield "its output, which does not depend on the image through the first layer"
+
+    def _uses(self, node: fx.Node) -> list[fx.Node]:
+        """The inputs of a call that depend on the image, one for each place: ``x * x`` has two."""
+        found: list[fx.Node] = []
+        fx.node.map_arg((node.args, node.kwargs), found.append)
+        return [n for n in found if n in self.depends]
 
     def _is_size(self, node: fx.Node) -> bool:
         name = _name(node)
@@ -221,7 +253,9 @@ class _Walk:
         if module is not None:
             allowed = known_class(module, self.layers_before) is not None
         elif name in _PRODUCTS | _QUOTIENTS:
-            allowed = node.args[0] in inputs and len(inputs) == 1 and isinstance(node.args[1], (int, float))
+            numbers = [v for v in _operands(node) if isinstance(v, (int, float))]
+            left_first = name in _PRODUCTS or _operands(node)[0] in inputs
+            allowed = len(inputs) == len(numbers) == 1 and left_first and "rounding_mode" not in node.kwargs
         else:
             allowed = name in self.before and self._is_known_function(node)
         if not allowed:
@@ -233,6 +267,9 @@ class _Walk:
 
     def _problem(self, node: fx.Node, inputs: list[fx.Node]) -> Iterator[str]:
         name, where = _name(node), _where(self.model, node)
+        left, right = _operands(node)
+        if not node.meta[_GRADIENT]:
+            yield f"{where}: {name}() under torch.no_grad(), which an explanation cannot look through"
         if node.op == "call_module":
             yield from self._layer(node)
         elif name == "getattr" and node.args[1] in ("T", "mT"):
@@ -240,18 +277,19 @@ class _Walk:
         elif not self._is_known_function(node):
             yield f"{where}: {name}()"
         elif name in _ADDITIONS:
-            for value in (*node.args[:2], *(v for k, v in node.kwargs.items() if k in ("input", "other"))):
+            for value in (left, right):
                 yield from self._addition(value, where)
         elif name in _JOINS:
-            tensors = node.args[0] if node.args else node.kwargs["tensors"]
-            self.constants += [self._constant(t) for t in tensors if t not in self.depends]  # type: ignore[union-attr]
+            tensors = left if left is not None else node.kwargs.get("tensors")
+            if not isinstance(tensors, fx.Node):  # what chunk() and split() return goes in as one
+                self.constants += [self._constant(t) for t in tensors if t not in self.depends]  # type: ignore[union-attr]
         elif name in _PRODUCTS:
             if len(inputs) > 1:
                 yield f"{where}: {name}()"
         elif name in _QUOTIENTS:
-            if node.args[0] not in self.depends or node.args[1] in self.depends:
+            if left not in self.depends or right in self.depends or node.kwargs.get("rounding_mode") is not None:
                 yield f"{where}: {name}()"
-        elif name not in _LINEAR:
+        elif name not in _LINEAR or any(_is_integer(value) for value in (*node.args, *node.kwargs.values())):
             yield f"{where}: {name}()"
         elif name == "pad" and (node.kwargs.get("value") or (len(node.args) > 3 and node.args[3])):
             yield f"{where}: pad() with a constant other than 0"
@@ -264,7 +302,7 @@ class _Walk:
         module = self.model.get_submodule(str(node.target))
         if converter(module) is None and not stays(module):
             yield f"{node.target}: {type(module).__name__}"
-        kind = next((kind for kind in ATTENTIONS if kind.fits(module)), None)
+        kind = attention_kind(module)
         if kind is not None and (why := kind.why_not_called(node)) is not None:
             yield f"{node.target}: {type(module).__name__} called with {why}"
         if kind is AttentionPool2d and self.recipe.biases:

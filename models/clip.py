@@ -31,6 +31,8 @@ class ClipResNet(nn.Module):
         width: channels after the stem.
     """
 
+    bcos_kernels_class = "bcos_kernels/ClipResNet"  #: the name by which `bcosify` knows it
+
     def __init__(self, blocks: Sequence[int], output_dim: int, heads: int, resolution: int, width: int) -> None:
         super().__init__()
         self.output_dim = output_dim
@@ -100,6 +102,8 @@ class Bottleneck(nn.Module):
 
 class AttentionPool(nn.Module):
     """`[N, C, S, S]` to `[N, output_dim]`: one query, the mean of all locations."""
+
+    bcos_kernels_class = "bcos_kernels/AttentionPool"  #: the name by which `bcosify` knows it
 
     def __init__(self, side: int, channels: int, heads: int, output_dim: int) -> None:
         super().__init__()

@@ -55,6 +55,8 @@ def simple_vit(name: str, num_classes: int = 1000) -> SimpleViT:
 class SimpleViT(nn.Module):
     """`[N, 3, H, W]`, sides divisible by 16, to logits `[N, classes]`; positions are fixed, so any such size will do."""
 
+    bcos_kernels_class = "bcos_kernels/SimpleViT"  #: the name by which `bcosify` knows it
+
     def __init__(self, size: Size, num_classes: int) -> None:
         super().__init__()
         embedding = nn.Sequential()
@@ -99,6 +101,8 @@ class SinCosPositions(nn.Module):
     Computed in float32 whatever the dtype, as in the training of the published weights.
     """
 
+    bcos_kernels_class = "bcos_kernels/SinCosPositions"  #: the name by which `bcosify` knows it
+
     def forward(self, x: Tensor) -> Tensor:
         h, w, dim = x.shape[1:]
         quarter = torch.arange(dim // 4, device=x.device) / (dim // 4 - 1)
@@ -122,6 +126,8 @@ class Encoder(nn.Module):
 
 class Attention(nn.Module):
     """Self-attention that normalises its own input. `[N, T, D]` to the same."""
+
+    bcos_kernels_class = "bcos_kernels/SimpleViTAttention"  #: the name by which `bcosify` knows it
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import types
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import timm
 import timm.layers
+import timm.models.densenet
 import torch
 import torch.nn.functional as F
 from timm.layers import BatchNormAct2d
@@ -21,6 +23,7 @@ from torchvision.ops import FrozenBatchNorm2d, SqueezeExcitation
 from torchvision.transforms import Normalize, v2
 
 import bcos_kernels as bk
+from bcos_kernels.identity import class_name, known_class
 from bcos_kernels.modules import BcosMapClassifier, DetachableActivation, FrozenBatchNormUncentered2d
 from tests.networks import CLASSES, filled, make
 
@@ -139,6 +142,40 @@ def test_backbones_with_another_forward_pass() -> None:
     ):
         assert_same_function(standard)
         assert isinstance(bk.bcosify(standard).model, type(standard))
+
+
+class Skipping(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)
+
+
+def test_containers_in_a_backbone_keep_their_class_and_hooks() -> None:
+    standard = make("resnet")
+    standard.layer1 = Skipping(*standard.layer1)
+    standard.layer2.register_forward_hook(lambda module, inputs, output: output * 2)
+    assert_same_function(standard)
+    assert_same_function(standard, converted(standard, keep=("biases", "max_pooling")))
+
+
+def test_patched_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resnet.ResNet, "_forward_impl", lambda self, x: self.fc(self.avgpool(self.conv1(x)).flatten(1)))
+    patched = make("resnet")
+    patched.fc = filled(nn.Linear(64, CLASSES).double())
+    assert_same_function(patched)
+    monkeypatch.setattr(Attention, "forward", lambda self, x: x)
+    assert_same_function(small(Tokens(Attention(8, 2))))
+    forward = nn.Conv2d.forward
+    monkeypatch.setattr(nn.Conv2d, "forward", lambda self, x: forward(self, x) * 2)
+    assert_refused(Small(), "conv1: Conv2d")
+
+
+def test_modules_of_our_names_in_other_projects(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``models.vit`` is a name that any project may use."""
+    for name in ("Attention", "SimpleViT"):
+        kind = type(name, (nn.Module,), {"__module__": "models.vit", "forward": lambda self, x: x})
+        assert class_name(kind) == f"models.vit.{name}"
+        assert known_class(kind(), (f"bcos_kernels/{name}", "bcos_kernels/SimpleViTAttention")) is None
+    assert known_class(make("simple_vit"), ("bcos_kernels/SimpleViT",)) is not None
 
 
 def test_a_graph_module() -> None:
@@ -411,6 +448,9 @@ class Excited(SqueezeExcitation):
 
 
 def test_squeeze_and_excitation_that_is_another() -> None:
+    largest = SqueezeExcitation(8, 4)
+    largest.avgpool = nn.AdaptiveMaxPool2d(1)
+    assert_refused(Small(largest), "middle.avgpool: AdaptiveMaxPool2d")
     assert_refused(Small(Excited(8, 4)), "middle.scale_activation: Sigmoid")
     assert_same_function(small(SqueezeExcitation(8, 4)))
 
@@ -517,6 +557,109 @@ def test_shared_weights_that_would_be_torn_apart() -> None:
     assert_refused(standard, "fc: Linear, which shares its weight with other")
 
 
+class Hidden(Small):
+    """``kept`` holds the layer under another name, where no conversion finds it."""
+
+    def __init__(self, keep: Callable[[nn.Module], Any]) -> None:
+        super().__init__(nn.GELU())
+        self.kept = None
+        self.__dict__["kept"] = keep(self.middle)
+
+
+@pytest.mark.parametrize(
+    "keep",
+    [
+        lambda layer: layer,
+        lambda layer: {"g": [layer]},
+        lambda layer: layer.forward,
+        lambda layer: functools.partial(layer, None),
+    ],
+)
+def test_layers_that_are_not_registered(keep: Callable[[nn.Module], Any]) -> None:
+    assert_refused(Hidden(keep), "model: Hidden with a GELU in `kept`, where a conversion does not find it")
+
+
+# ---- what a forward pass does between its layers
+
+
+class Between(Small):
+    def __init__(self, between: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.between = between
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.between(self.conv1(x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda x: x * x,
+        lambda x: x.mul(x),
+        lambda x: torch.mul(input=x, other=x),
+        lambda x: torch.matmul(x, x),
+        lambda x: torch.einsum("nchw,nchw->nchw", [x, x]),
+        lambda x: F.relu(x) ** 2,
+        lambda x: 1 / (x + 2),
+        lambda x: torch.div(x, 0.1, rounding_mode="floor"),
+        lambda x: x.to(torch.int64).double(),
+        lambda x: x.detach(),
+        lambda x: x.abs(),
+        lambda x: torch.where(x > 0, x, 1.0),
+        lambda x: torch.addcmul(x, x, x),
+        lambda x: F.conv2d(x, torch.ones(8, 8, 1, 1).double()),
+        lambda x: x.clamp(0, 1),
+        lambda x: x.max(2, keepdim=True).values,
+        lambda x: F.normalize(x),
+    ],
+)
+def test_functions_that_are_not_linear(between: Callable[[Tensor], Tensor]) -> None:
+    assert_refused(Between(between), r"forward of Between: \w+\(\)", keep=KEEP)
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda x: torch.cat(x.chunk(2, 1), 1),
+        lambda x: torch.stack(x.unbind(1), 1),
+        lambda x: torch.cat(tensors=[x, x], dim=1)[:, :8],
+        lambda x: torch.div(x, other=2.0),
+        lambda x: torch.add(input=x, other=x),
+        lambda x: x * torch.arange(8)[:, None, None],
+        lambda x: x.roll(1, 2).flip(3).transpose(2, 3),
+    ],
+)
+def test_functions_that_are_linear(between: Callable[[Tensor], Tensor]) -> None:
+    standard = filled(Between(between).double())
+    assert_same_function(standard)
+    assert_complete(bk.bcosify(standard, normalize=None, logit_bias=None))
+
+
+class WithoutGradient(Small):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv1(x)
+        with torch.no_grad():
+            y = self.conv2(x)
+        return self.fc((x + y).mean((2, 3)))
+
+
+def test_no_grad_inside() -> None:
+    assert_refused(WithoutGradient(), r"conv2\(\) under torch.no_grad\(\)")
+    with torch.no_grad():  # around it, there is nothing wrong with it
+        bk.bcosify(Small())
+
+
+def test_networks_that_compute_layers_again() -> None:
+    for standard in (
+        densenet.DenseNet(4, (1, 2), 8, num_classes=CLASSES, memory_efficient=True),
+        timm.models.densenet.DenseNet(4, (1, 2), CLASSES, memory_efficient=True),
+    ):
+        assert_same_function(filled(standard.double()))
+        model = bk.bcosify(standard)
+        assert any(getattr(m, "memory_efficient", False) for m in model.modules())
+        model(torch.rand(2, 6, SIDE, SIDE, dtype=torch.float64)).sum().backward()
+
+
 # ---- constants
 
 
@@ -606,6 +749,12 @@ def test_normalisation_inside() -> None:
         assert len(standard) == 2
         assert isinstance(standard[0], kind)
         assert isinstance(bk.bcosify(standard).model[1].fc, BcosMapClassifier)
+
+
+def test_hooks_of_what_is_unwrapped() -> None:
+    for standard in (nn.Sequential(Normalize([0.5] * 3, [0.5] * 3), Small()), nn.DataParallel(Small())):
+        (standard[0] if isinstance(standard, nn.Sequential) else standard).register_forward_hook(lambda *args: None)
+        assert_refused(standard, "has a hook that would be lost")
 
 
 class Prepared(Small):

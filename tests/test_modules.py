@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import bcos_kernels as bk
-from bcos_kernels import reference
+from bcos_kernels import modules, reference
 from tests.tolerances import OUTPUT, assert_close
 
 
@@ -32,7 +32,7 @@ def test_representation_says_what_matters() -> None:
     text = repr(bk.BcosConv2d(3, 2, 1, b=nn.Parameter(torch.tensor(1.25)), max_out=3, normalize_weight=True))
     assert "B=learnable, now 1.25, max_out=3, normalize_weight=True" in text
     assert "logit_bias=-1.5" in repr(bk.LogitLayer(None, -1.5))
-    assert "0.485" in repr(bk.bcosify.__globals__["_normalization"]("imagenet"))
+    assert "0.485" in repr(modules.Normalize((0.485,), (0.229,)))
 
 
 @pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])

@@ -82,7 +82,7 @@ class SimpleViTAttention(DetachableAttention):
     Shapes: ``[N, T, D]`` to the same. ``source`` also has ``heads``.
     """
 
-    classes = ("bcos.models.vit.Attention", "models.vit.Attention")
+    classes = ("bcos.models.vit.Attention", "bcos_kernels/SimpleViTAttention")
     structure = ("norm", "to_qkv", "to_out")
     plain = ("to_qkv",)
     weights_only = ("attend",)
@@ -114,7 +114,7 @@ class AttentionPool2d(DetachableAttention):
 
     unpool: bool = False
 
-    classes = ("clip.model.AttentionPool2d", "open_clip.modified_resnet.AttentionPool2d", "models.clip.AttentionPool")
+    classes = ("clip.model.AttentionPool2d", "open_clip.modified_resnet.AttentionPool2d", "bcos_kernels/AttentionPool")
     structure = ("q_proj", "k_proj", "v_proj", "c_proj")
     plain = ("q_proj", "k_proj", "v_proj")
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor, nn
 
 from bcos_kernels import reference
-from bcos_kernels.identity import known_class
+from bcos_kernels.identity import averages_all, known_class
 from bcos_kernels.modules.detachable import DetachableModule
 
 
@@ -50,7 +50,10 @@ class DetachableSqueezeExcitation(DetachableModule):
         name = known_class(module, cls.paths)
         if name is None or getattr(module, "add_maxpool", False):
             return False
-        # `avgpool` is torchvision's; a further child would do something that is not known here
+        # torchvision's, which is not called in the converted layer
+        if (pool := module._modules.get("avgpool")) is not None and not averages_all(pool):
+            return False
+        # a further child would do something that is not known here
         return set(cls.paths[name]) <= set(module._modules) <= {*cls.paths[name], "avgpool"}
 
     def forward(self, x: Tensor) -> Tensor:
