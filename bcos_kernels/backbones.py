@@ -39,6 +39,7 @@ class Backbone(nn.Module):
         super().__init__()
         for name, child in source._modules.items():
             self.add_module(name, child)
+        self.training = source.training
 
     @classmethod
     def fits(cls, model: nn.Module) -> bool:

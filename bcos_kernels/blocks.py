@@ -90,6 +90,8 @@ def fused(module: nn.Module) -> nn.Module:
     """``module``, whose layers are converted; or, where its forward pass is known, what runs the same layers together."""
     name = known_class(module, {_SEQUENTIAL, *_BLOCKS})
     if name == _SEQUENTIAL:
+        if type(module) is not nn.Sequential and not class_name(type(module)).startswith("torchvision."):
+            return module  # it may have methods that its parent calls
         return _take_over(FusedSequential(), module) if FusedSequential.fits(module) else module
     kind = None if name is None else _BLOCKS[name]
     return module if kind is None or not kind.fits(module) else kind(module)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -296,8 +296,10 @@ def _unknown_layers(model: nn.Module, recipe: Recipe, path: str, seen: set[nn.Mo
             yield f"{_named(where, child)} with {why}"
         if inner and make is not _squeeze_excitation:
             yield from _unknown_layers(child, recipe, where, seen)
-        elif not known and _is_layer(child) and not _makes_weights_only(model, name):
-            yield _named(where, child)
+        elif not known and (_is_layer(child) or converter(model) is not None) and not _makes_weights_only(model, name):
+            yield _named(
+                where, child
+            )  # inside of a known layer, torch.fx does not look at other packages' layers either
 
 
 def _peculiarity(module: nn.Module, root: bool) -> str | None:
@@ -308,6 +310,10 @@ def _peculiarity(module: nn.Module, root: bool) -> str | None:
         return "with parametrised weights (torch.nn.utils.parametrize.remove_parametrizations makes them plain)"
     forward = vars(module).get("forward")
     # torch.fx ignores one on the root, and a function that is not bound to the module keeps the modules that it was made with
+    if module._backward_hooks or module._backward_pre_hooks:
+        return "with a backward hook, which would change explanations (register it on the converted network)"
+    if root and has_any_hook(module):
+        return "with a hook, which torch.fx does not see on the whole network (register it on the converted network)"
     if forward is not None and (root or getattr(forward, "__self__", None) is not module):
         return "with a forward pass of its own that was put on the instance (make it a method of a subclass)"
     for name, value in vars(module).items():
@@ -339,8 +345,10 @@ def _refusal(module: nn.Module, recipe: Recipe) -> str | None:
             return "return_indices=True, which average pooling has not"
     if isinstance(module, nn.BatchNorm2d) and module.running_mean is None and recipe.biases:
         return "no running statistics to make its bias from"
-    if isinstance(module, (nn.Conv2d, nn.Linear)) and not isinstance(module._parameters.get("weight"), nn.Parameter):
-        return "a weight that is no nn.Parameter"
+    if isinstance(module, (nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)):
+        for name in ("weight", "bias"):
+            if name not in module._parameters:
+                return f"a {name} that is not an nn.Parameter"
     drop = module._modules.get("drop")
     if drop is not None and known_class(drop, _STAY) != "torch.nn.modules.linear.Identity":
         return f"a {type(drop).__name__} inside"
@@ -372,7 +380,10 @@ def convert(module: nn.Module, recipe: Recipe) -> nn.Module:
                     module._modules[name] = convert(child, recipe)
             recipe.done[module] = fused(module)
         else:
-            recipe.done[module] = make(module, recipe)
+            new = recipe.done[module] = make(module, recipe)
+            new.training = module.training
+            if isinstance(new, (BcosConv2d, BcosLinear)):
+                new.linear.training = module.training
     return recipe.done[module]
 
 
@@ -395,8 +406,11 @@ def remove_biases(module: nn.Module) -> None:
         remove_biases(child)
 
 
-def not_in_place(module: nn.Module) -> None:
-    """Activations leave their input alone: the backward pass of a B-cos layer needs its output as it was."""
+def not_in_place(module: nn.Module, aliased: Collection[str]) -> None:
+    """Activations leave their input alone, but for those in ``aliased``: the backward pass of a B-cos layer needs its output
+    as it was, and has to compute it again otherwise.
+    """
+    kept = {module.get_submodule(path) for path in aliased}
     for child in module.modules():
-        if getattr(child, "inplace", False):
+        if getattr(child, "inplace", False) and child not in kept:
             child.inplace = False  # type: ignore[assignment]

@@ -7,8 +7,9 @@ checkpoints.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -21,6 +22,15 @@ from bcos_kernels.functional import check_exponent
 from bcos_kernels.identity import class_name, has_any_hook, known_class
 from bcos_kernels.modules import BcosConv2d, BcosLinear, BcosMapClassifier, LogitLayer, Normalize
 from bcos_kernels.structure import analyse
+from bcos_kernels.verification import (
+    difference,
+    full_copy,
+    images_for,
+    incompleteness,
+    is_runnable,
+    set_mode,
+    shared_copy,
+)
 
 _Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 
@@ -119,15 +129,17 @@ def bcosify(
     for name, module in model.named_modules():
         if isinstance(module, (BcosConv2d, BcosLinear, BcosNetwork)):
             raise ValueError(f"model is a B-cos network already: {name or 'model'} is a {type(module).__name__}")
-    if normalize is not None and normalize not in _RGB_STATISTICS:
+    if normalize is not None and (not isinstance(normalize, str) or normalize not in _RGB_STATISTICS):
         raise ValueError(f'normalize must be "imagenet", "clip" or None; got {normalize!r}')
-    if isinstance(logit_bias, str) and logit_bias != "auto":
+    is_number = isinstance(logit_bias, (int, float)) and not isinstance(logit_bias, bool) and math.isfinite(logit_bias)
+    if logit_bias is not None and logit_bias != "auto" and not is_number:
         raise ValueError(f'logit_bias must be a number, "auto" or None; got {logit_bias!r}')
-    strange = [step for step in keep if step not in get_args(Lossy)]
-    if isinstance(keep, str) or strange:
-        raise ValueError(f"keep must be a collection of names out of {', '.join(get_args(Lossy))}; got {keep!r}")
+    keep = _checked_steps(keep)
+    if num_classes is not None and (not isinstance(num_classes, int) or isinstance(num_classes, bool)):
+        raise TypeError(f"num_classes must be an int or None; got {num_classes!r}")
     recipe = Recipe(check_exponent(b), biases="biases" in keep, max_pooling="max_pooling" in keep)
     model, statistics = _without_normalisation(model)
+    _refuse(model, list(unknown_layers(model, recipe)))
     first = _first_layer(model)
     plan = _plan(model, recipe, first, reorder="head_order" not in keep)
     if num_classes is not None and plan.head is None:
@@ -136,48 +148,98 @@ def bcosify(
         )
     if num_classes is not None and num_classes < 2:
         raise ValueError(f"num_classes must be at least 2; got {num_classes}")
+    _verify(model, plan, recipe)
 
     like = next(model.parameters())
-    network = copy.deepcopy(model)
+    network = full_copy(model)
     classes = None if plan.head is None else _resize(network, plan.head, num_classes)
-    _double_channels(network, first)
-    network = plan.rebuild(network, recipe)
-    if not recipe.biases:
-        remove_biases(network)
-
+    network = plan.build(network, recipe)
     if logit_bias == "auto":
         logit_bias = -math.log(classes - 1) if classes is not None and classes > 1 else None
     if statistics is None and normalize is not None:
         statistics = _RGB_STATISTICS[normalize]
-    return (
-        BcosNetwork(network, _normalization(statistics), LogitLayer(None, logit_bias), plan.constants)
-        .to(device=like.device, dtype=like.dtype)
-        .train(model.training)
-    )
+    whole = BcosNetwork(network, _normalization(statistics), LogitLayer(None, logit_bias), plan.constants)
+    for module in (whole, whole.normalize, whole.logit_layer):
+        module.training = model.training  # the layers have the modes of those that they were made of
+    return whole.to(device=like.device, dtype=like.dtype)
+
+
+def _checked_steps(keep: Collection[Lossy]) -> tuple[Lossy, ...]:
+    names = ", ".join(get_args(Lossy))
+    if isinstance(keep, (str, Mapping)) or not isinstance(keep, Iterable):
+        raise ValueError(f"keep must be a collection of names out of {names}; got {keep!r}")
+    steps = tuple(keep)
+    if any(step not in get_args(Lossy) for step in steps):
+        raise ValueError(f"keep must be a collection of names out of {names}; got {steps!r}")
+    return steps
+
+
+def _verify(model: nn.Module, plan: _Plan, recipe: Recipe) -> None:
+    """Runs ``model`` and what it becomes at B = 1, with the same weights, on the same images.
+
+    Raises:
+        ValueError: they do not compute the same, or what has no constants does not explain itself completely.
+    """
+    dtype = next(model.parameters()).dtype
+    model = full_copy(model).float() if dtype in (torch.float16, torch.bfloat16) else shared_copy(model)
+    set_mode(model, False)
+    centred = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    if not is_runnable(model) or any(m.running_mean is None for m in centred):
+        return
+    device = next(model.parameters()).device
+    devices = [device] if device.type == "cuda" else []
+    with (
+        torch.random.fork_rng(devices),
+        torch.inference_mode(False),
+        torch.autocast(next(model.parameters()).device.type, enabled=False),
+    ):
+        given = images_for(model)
+        if given is None:
+            return
+        x, expected = given
+        same = dataclasses.replace(plan, backbone=None, pool=None)
+        why = difference(same.build(shared_copy(model), Recipe(1.0, biases=True, max_pooling=True)), x, expected)
+        if why is not None:
+            raise ValueError(
+                f"model: cannot convert a {type(model).__name__}: at B = 1, with everything kept, the converted network "
+                f"would not be the same function: {why}. No single layer is to blame: the forward pass makes use of the class, the "
+                "weights or the settings of a layer, or of its input's memory"
+            )
+        if not plan.constants and not recipe.biases:
+            network = plan.build(shared_copy(model), Recipe(1.0, max_pooling=recipe.max_pooling))
+            if (why := incompleteness(network, x)) is not None:
+                raise ValueError(
+                    f"model: cannot convert a {type(model).__name__}: its explanations would not be complete: {why}. Its "
+                    "forward pass does more than its layers and what torch.fx shows of it"
+                )
 
 
 @dataclass(frozen=True)
 class _Plan:
     """What is known about a network before anything is done to it.
 
-    ``backbone``: what replaces its forward pass, or None. ``head``: path of the classifier. ``pool``: path of the pooling
-    that the classifier moves before. ``constants``: see :class:`BcosNetwork`.
+    ``first``: path of the layer that sees the image. ``backbone``: what replaces the forward pass, or None. ``head``: path of
+    the classifier. ``pool``: path of the pooling that the classifier moves before. ``constants``: see :class:`BcosNetwork`.
+    ``aliased``: paths of layers that have to go on working in place.
     """
 
+    first: str
     backbone: type[Backbone] | None
     head: str | None
     pool: str | None
     constants: tuple[str, ...]
+    aliased: tuple[str, ...]
     renumbered: bool = False
 
-    def rebuild(self, network: nn.Module, recipe: Recipe) -> nn.Module:
+    def build(self, network: nn.Module, recipe: Recipe) -> nn.Module:
         """The network, converted; ``network`` is used up."""
+        _double_channels(network, self.first)
         if self.backbone is not None:
             network = self.backbone(network)
             if self.backbone.convolves and self.head is not None:
                 _replace(network, self.head, _pointwise_convolution(network.get_submodule(self.head), recipe))
         else:
-            not_in_place(network)
+            not_in_place(network, self.aliased)
         linear = None if self.head is None else network.get_submodule(self.head)
         network = convert(network, recipe)
         if linear is not None and self.head is not None and self.pool is not None:
@@ -185,6 +247,8 @@ class _Plan:
             _replace(network, self.head, _map_classifier(linear, recipe))
         if self.renumbered:
             renumber(network)
+        if not recipe.biases:
+            remove_biases(network)
         return network
 
 
@@ -194,16 +258,16 @@ def _plan(model: nn.Module, recipe: Recipe, first: str, reorder: bool) -> _Plan:
     Raises:
         ValueError: something of the network cannot be converted exactly.
     """
-    _refuse(model, list(unknown_layers(model, recipe)))
     kind = next((k for k in BACKBONES if k.fits(model)), None)
     # a backbone's forward pass, which is known, on blocks that need not be
     structure = analyse(model if kind is None else kind(model), first, recipe, patches=kind is SimpleViT)
     head = structure.head if kind is None else kind.head
     replaced = [first] if head is None else [first, head]
     _refuse(model, [*structure.problems, *(other for path in replaced for other in _shared_weights(model, path))])
+    found = structure.constants, structure.aliased
     if kind is not None:
-        return _Plan(kind if reorder else None, head, None, structure.constants, kind.renumbered)
-    return _Plan(None, head, structure.pool if reorder else None, structure.constants)
+        return _Plan(first, kind if reorder else None, head, None, *found, kind.renumbered)
+    return _Plan(first, None, head, structure.pool if reorder else None, *found)
 
 
 def _shared_weights(model: nn.Module, path: str) -> Iterator[str]:
@@ -233,6 +297,8 @@ def _without_normalisation(model: nn.Module) -> tuple[nn.Module, _Statistics | N
     mean, std = (tuple(float(v) for v in getattr(first, name)) for name in ("mean", "std"))
     if len(mean) != 3 or len(std) != 3:
         raise ValueError(f"model begins with a {type(first).__name__} of {len(mean)} channels; it must have three")
+    if has_any_hook(model):
+        raise ValueError("model: the nn.Sequential around the network has a hook; remove it before the conversion")
     network = copy.copy(model)
     network._modules = {**model._modules, next(iter(model._modules)): nn.Identity().train(model.training)}
     return network, (mean, std)
@@ -299,6 +365,7 @@ def _replace(network: nn.Module, path: str, new: nn.Module) -> None:
         for name, child in parent._modules.items():
             if child is old:
                 parent._modules[name] = new
+    new.train(old.training)
 
 
 def _pointwise_convolution(linear: nn.Module, recipe: Recipe) -> nn.Conv2d:

@@ -7,7 +7,6 @@ depend on the image, for example, has no linear map that an explanation could sh
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from torch import Tensor, fx, nn
 from bcos_kernels.conversions import Recipe, attention_kind, converter, is_linear_layer, stays
 from bcos_kernels.identity import averages_all, class_name, known_class
 from bcos_kernels.modules import AttentionPool2d
+from bcos_kernels.verification import set_mode, shared_copy
 
 #: Functions and methods that are linear in one tensor, or linear wherever they have a gradient, or take no part at all.
 # fmt: off
@@ -42,6 +42,7 @@ _PRODUCTS = frozenset(("mul", "mul_", "imul", "matmul", "bmm", "multiply", "eins
 _QUOTIENTS = frozenset(("truediv", "div", "itruediv", "div_", "divide"))
 #: Methods and attributes that do not depend on the pixels.
 _SIZES = frozenset(("size", "dim", "numel", "ndimension", "is_contiguous"))
+_LIKE = frozenset(("expand_as", "view_as", "reshape_as", "type_as", "to"))
 _PROPERTIES = frozenset(("shape", "ndim", "device", "dtype", "is_cuda", "layout", "requires_grad"))
 #: What treats all channels of the image alike, so that it may come before the first layer.
 _BEFORE = frozenset(
@@ -73,13 +74,14 @@ class Structure:
 
     ``head`` and ``pool``: paths of the classifier and of the pooling that it may trade places with, or None. ``problems``:
     what cannot be converted. ``constants``: what is added to the image's contributions and is no bias of a layer, such as
-    positions and class tokens.
+    positions and class tokens. ``aliased``: paths of layers that work in place on what is used again.
     """
 
     head: str | None
     pool: str | None
     problems: tuple[str, ...]
     constants: tuple[str, ...]
+    aliased: tuple[str, ...]
 
 
 #: In the meta data of a node: whether the call is differentiated.
@@ -115,19 +117,20 @@ def analyse(model: nn.Module, first: str, recipe: Recipe, *, patches: bool = Fal
     Raises:
         ValueError: ``torch.fx`` cannot follow the forward pass; the message says why.
     """
-    shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    model = copy.deepcopy(model, dict(shared))  # its tensors are the model's, its modes and settings its own
+    model = shared_copy(model)
     for module in model.modules():
         for name in _RECOMPUTING:
             if getattr(module, name, False) and class_name(type(module)).split(".")[0] in _PACKAGES:
                 setattr(module, name, False)
-    graph = _trace(model.eval())
+    set_mode(model, False)
+    graph = _trace(model)
     walk = _Walk(model, graph, model.get_submodule(first), first, recipe, patches)
     problems = list(walk.problems())
     if not problems and not _trains_on_one_tensor(model):
         problems.append("its output in training, which is no single tensor (leave auxiliary classifiers out)")
     head, pool = _head_and_pool(model, graph)
-    return Structure(head, pool, tuple(dict.fromkeys(problems)), tuple(dict.fromkeys(walk.constants)))
+    constants, aliased = tuple(dict.fromkeys(walk.constants)), tuple(_aliased(model, graph))
+    return Structure(head, pool, tuple(dict.fromkeys(problems)), constants, aliased)
 
 
 def _trace(model: nn.Module) -> fx.Graph:
@@ -146,18 +149,28 @@ def _trace(model: nn.Module) -> fx.Graph:
 
 def _defaults(model: nn.Module) -> dict[str, Any]:
     """The arguments that a call with an image alone leaves at their defaults."""
-    parameters = inspect.signature(type(model).forward).parameters.values()
-    return {p.name: p.default for p in parameters if p.default is not p.empty}
+    _, _, *parameters = inspect.signature(type(model).forward).parameters.values()
+    simple = (type(None), bool, int, float, str)
+    return {p.name: p.default for p in parameters if isinstance(p.default, simple)}
 
 
 def _trains_on_one_tensor(model: nn.Module) -> bool:
     """Whether the forward pass returns a single tensor in training too, as far as it can be followed there."""
     try:
-        graph = _Tracer().trace(model.train(), _defaults(model))
+        set_mode(model, True)
+        graph = _Tracer().trace(model, _defaults(model))
     except Exception:  # it draws random numbers, for example: that says nothing about what it returns
         return True
     result = _result(graph)
     return isinstance(result, fx.Node) and not isinstance(result.target, type)  # a class: it makes a named tuple
+
+
+def _aliased(model: nn.Module, graph: fx.Graph) -> Iterator[str]:
+    """Layers that work in place on a tensor that something else uses too, which sees the result."""
+    for node in graph.nodes:
+        module = _module(model, node)
+        if module is not None and getattr(module, "inplace", False) and len(node.all_input_nodes[0].users) > 1:
+            yield str(node.target)
 
 
 def _result(graph: fx.Graph) -> Any:
@@ -238,7 +251,8 @@ class _Walk:
     def _is_size(self, node: fx.Node) -> bool:
         name = _name(node)
         if node.op == "call_method":
-            return name in _SIZES
+            # of a constant: only the size or dtype of the other tensor counts
+            return name in _SIZES or (name in _LIKE and node.args[0] not in self.depends)
         if node.op == "call_module":
             return known_class(self.model.get_submodule(str(node.target)), _POSITIONS) is not None
         return name == "getattr" and node.args[1] in _PROPERTIES
@@ -257,7 +271,8 @@ class _Walk:
             left_first = name in _PRODUCTS or _operands(node)[0] in inputs
             allowed = len(inputs) == len(numbers) == 1 and left_first and "rounding_mode" not in node.kwargs
         else:
-            allowed = name in self.before and self._is_known_function(node)
+            integers = any(_is_integer(value) for value in (*node.args, *node.kwargs.values()))
+            allowed = name in self.before and self._is_known_function(node) and not integers
         if not allowed:
             what = type(module).__name__ if module is not None else f"{name}()"
             yield (

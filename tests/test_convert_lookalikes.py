@@ -319,7 +319,7 @@ def test_linear_layers_that_are_others() -> None:
     patched = Small()
     del patched.fc.weight
     patched.fc.weight = torch.randn(CLASSES, 8)
-    assert_refused(patched, "fc: Linear with a weight that is no nn.Parameter")
+    assert_refused(patched, "fc: Linear with a weight that is not an nn.Parameter")
 
 
 def test_a_subclass_with_the_same_forward_pass_counts_as_its_base() -> None:

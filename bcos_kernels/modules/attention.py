@@ -44,7 +44,7 @@ class DetachableAttention(DetachableModule):
         for name, child in source._modules.items():
             self.add_module(name, child)
         self.detach = bool(getattr(source, "detach", False))
-        self.train(source.training)
+        self.training = source.training
 
     @classmethod
     def fits(cls, module: nn.Module) -> bool:

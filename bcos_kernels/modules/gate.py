@@ -43,7 +43,7 @@ class DetachableSqueezeExcitation(DetachableModule):
         self.path = self.paths[name]
         for name, child in source._modules.items():
             self.add_module(name, child)
-        self.train(source.training)
+        self.training = source.training
 
     @classmethod
     def fits(cls, module: nn.Module) -> bool:
