@@ -477,13 +477,12 @@ def _check_device(name: str, t: Tensor, x: Tensor) -> None:
 
 def _check_tensors(first: str, x: Tensor, **others: Tensor | None) -> None:
     _check_floating(first, x)
-    autocast = _autocasts(x.device.type)
     for name, t in others.items():
         if t is None:
             continue
         _check_floating(name, t)
         _check_device(name, t, x)
-        if t.dtype != x.dtype and not autocast:
+        if t.dtype != x.dtype and not _autocasts(x.device.type):
             raise TypeError(f"{name} is {t.dtype}, but x is {x.dtype}; convert one, or use torch.autocast")
 
 
