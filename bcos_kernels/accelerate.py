@@ -151,16 +151,16 @@ class _StandIn(DetachableModule):
         # dtype or device, or a load, changes both
         shared = {k: v for k, v in vars(source).items() if not (callable(v) and not isinstance(v, nn.Module))}
         self.__dict__.update(shared)
-        for name in ("b", "detach"):
+        for name in ("b", "detach", "_detach"):
             self.__dict__.pop(name, None)
         self.__dict__["source"] = source
 
     @property
-    def detach(self) -> bool:  # type: ignore[override]
-        return bool(self.source.detach) or super().detach
+    def _detach(self) -> bool:  # type: ignore[override]
+        return bool(self.source.detach or vars(self).get("_detach"))  # the latter in a replica of `nn.DataParallel`
 
-    @detach.setter
-    def detach(self, value: bool) -> None:
+    @_detach.setter
+    def _detach(self, value: bool) -> None:
         self.source.detach = value
 
     def _theirs(self, x: Tensor) -> Tensor:

@@ -24,7 +24,8 @@ class Stack(Generic[T]):
 
     Args:
         in_backward: threads of the autograd engine, where checkpoints compute layers again on a GPU, see the entries of the
-            thread that called backward.
+            latest call of :meth:`get` in the thread that called backward. An asyncio task must therefore not await between
+            the forward and the backward pass of a checkpoint.
     """
 
     def __init__(self, name: str, *, in_backward: bool = False) -> None:
@@ -38,13 +39,17 @@ class Stack(Generic[T]):
         self._anywhere = False
 
     def get(self) -> tuple[T, ...]:
-        if torch.compiler.is_compiling():
-            # Before 2.14 the compiler breaks the graph at the variable (and raises with fullgraph=True). It need not come to
-            # that while nobody holds an entry, which the guard on `_anywhere` checks at every call.
-            if not _TRACEABLE and not self._anywhere:
-                return ()
-            return self._variable.get() or ()
-        return self._variable.get() or self._of_caller() or ()
+        # Before 2.14 the compiler breaks the graph at the variable (and raises with fullgraph=True). It need not come to that
+        # while nobody holds an entry, which the guard on `_anywhere` checks at every call.
+        if not _TRACEABLE and not self._anywhere:
+            return ()
+        entries = self._variable.get()
+        # the compiler is asked first: it would guard `_anywhere`, and compile again when another thread enters a block
+        if self._in_backward and not torch.compiler.is_dynamo_compiling() and self._anywhere:
+            if _C._current_graph_task_id() != -1:
+                return entries or self._of_caller() or ()
+            self._leave_for_backward(entries or ())  # another task of this thread may have left its own
+        return entries or ()
 
     def push(self, entry: T) -> None:
         self.set((*self.get(), entry), entry)
@@ -64,6 +69,7 @@ class Stack(Generic[T]):
 
     # Nothing public hands a context to the threads of the autograd engine. Torch's thread-local storage reaches them, also
     # where they call backward themselves (a checkpoint in a checkpoint), which torch's own copy of the context does not.
+    # The asyncio tasks of one thread share that storage: what counts there is the latest forward pass in the thread.
 
     def _leave_for_backward(self, entries: tuple[T, ...]) -> None:
         if entries or not hasattr(_C, "_remove_obj_from_tls"):  # torch 2.11 has not
@@ -72,8 +78,6 @@ class Stack(Generic[T]):
             _C._remove_obj_from_tls(self._name)
 
     def _of_caller(self) -> Any:
-        if not self._in_backward or not self._anywhere or _C._current_graph_task_id() == -1:
-            return None
         # only in a thread that Python has not started; in others the variable says what holds
         if not isinstance(threading.current_thread(), threading._DummyThread) or not _C._is_key_in_tls(self._name):
             return None

@@ -55,9 +55,10 @@ def check_name(backend: str) -> str:
 
 @dataclass(frozen=True, eq=False)
 class _Choice:
-    """Of a block (``with``), or a switch, which the next switch replaces and which ends with the block that it is in.
+    """A backend chosen by a ``with`` block (``is_block``) or by a bare call (a switch).
 
-    ``key``: of the :class:`use_backend` that made it. Not that object itself, which knows the choices before its own.
+    A later switch in the same block replaces it; leaving the block ends it. ``key``: of the :class:`use_backend` that made
+    it. Not that object itself, which knows the choices before its own.
     """
 
     backend: str

@@ -55,12 +55,21 @@ class _Held:
             yield
         finally:
             with self._lock:
+                changed = []
                 for module in taken:
                     _, calls, before = self._held.pop(id(module))
                     if calls > 1:
                         self._held[id(module)] = (module, calls - 1, before)
                     elif before != self._wanted:
+                        changed.append((module, before))
+                errors = []
+                for module, before in changed:
+                    try:
                         self._write(module, before)
+                    except Exception as error:  # whatever it is: the others must be put back all the same
+                        errors.append(error)
+                if errors:
+                    raise errors[0]
 
 
 def _set_training(module: nn.Module, training: bool) -> None:
@@ -77,11 +86,13 @@ def explanation_mode(model: nn.Module) -> Iterator[nn.Module]:
     """Inside the block the model's backward pass sees the linear map that its forward pass applied.
 
     The mode belongs to the calling thread or asyncio task: elsewhere the same model can be trained meanwhile. Blocks may be
-    nested, and may end in any order. Gradients of a forward pass made inside the block stay what they are after it. A copy of
-    the model that is made inside is not in explanation mode, and threads that are started inside are not.
+    nested, and may end in any order. The backward pass of a forward pass made inside the block may be called after it, unless
+    the model has checkpoints (``torch.utils.checkpoint``): these compute layers again in the backward pass, so call that
+    inside the block too, and in an asyncio task without an ``await`` between the two. A copy of the model that is made inside
+    is not in explanation mode, and threads that are started inside are not.
 
-    Layers of other packages have a switch that all threads share: it is on while any block
-    is open, and then put back. Such a model must not be trained in another thread meanwhile; explain a copy of it.
+    Layers of other packages have a switch that all threads share: it is on while any block is open, and then put back. Such a
+    model must not be trained in another thread meanwhile; explain a copy of it.
 
     Raises:
         ValueError: the model has no such layer: it is no B-cos network.
@@ -255,38 +266,43 @@ def _inputs(model: nn.Module, images: Tensor, add_inverse: bool | Literal["auto"
     if add_inverse != "auto":
         yield AddInverse()(images) if add_inverse else images
         return
-    got, wanted = images.shape[1], _channels(model)
-    if wanted is not None and wanted not in (got, 2 * got):
-        layouts = f"[N, {wanted}, H, W]" + (f" or [N, {wanted // 2}, H, W]" if wanted % 2 == 0 else "")
+    got, seen = images.shape[1], list(_channels(model))
+    fitting = [channels for channels in seen if channels in (got, 2 * got)]
+    if seen and not fitting:
+        layouts = f"[N, {seen[0]}, H, W]" + (f" or [N, {seen[0] // 2}, H, W]" if seen[0] % 2 == 0 else "")
         raise ValueError(
             f"images must be {layouts}; got {list(images.shape)} (add_inverse=True or False: whatever the first layer takes)"
         )
-    if wanted == 2 * got or (wanted is None and got == 3):
-        yield AddInverse()(images)
-    yield images
+    adds_itself = any(isinstance(module, AddInverse) for module in model.modules())
+    likely: nn.Module = nn.Identity()
+    other: nn.Module = AddInverse()
+    if not adds_itself and (fitting[0] == 2 * got if fitting else got == 3):
+        likely, other = other, likely
+    yield likely(images)
+    yield other(images.detach())
 
 
-def _channels(model: nn.Module) -> int | None:
-    """How many channels the network sees, by its normalisation or its first convolution; None if it has neither."""
+def _channels(model: nn.Module) -> Iterator[int]:
+    """How many channels the network may see: those of its normalisation, or else of any convolution, as registered."""
     for module in model.modules():
         if isinstance(module, Normalize):
-            return module.channels
+            yield module.channels
+            return
         if isinstance(module, (nn.Conv2d, BcosConv2d)) and isinstance(getattr(module, "in_channels", None), int):
-            return module.in_channels
-    return None
+            yield module.in_channels
 
 
 def _run(model: nn.Module, inputs: Iterator[Tensor]) -> tuple[Tensor, Any]:
-    """Input and output. A network that adds the inverse channels itself does not take them, and gets the image alone."""
+    """Input and output, of the first input that the network takes."""
     x = next(inputs).requires_grad_()
     try:
         return x, model(x)
     except (RuntimeError, ValueError):
-        alone = next(inputs, None)
-        if alone is None:
+        other = next(inputs, None)
+        if other is None:
             raise
         try:
-            return (x := alone.requires_grad_()), model(x)
+            return (x := other.requires_grad_()), model(x)
         except (RuntimeError, ValueError):
             pass  # the first one says what is wrong
         raise

@@ -71,24 +71,8 @@ def bcos_conv2d(
     Source: B-cos Networks (arXiv 2205.10268); B-cos v2 (arXiv 2306.10898); B-cosification
     (arXiv 2411.00715).
     """
-    if has_torch_function(tensors := (x, weight, bias, b, squares)):
-        return handle_torch_function(
-            bcos_conv2d,
-            tensors,
-            x,
-            weight,
-            bias,
-            b=b,
-            stride=stride,
-            padding=padding,
-            dilation=dilation,
-            groups=groups,
-            max_out=max_out,
-            normalize_weight=normalize_weight,
-            detach_scale=detach_scale,
-            squares=squares,
-            backend=backend,
-        )
+    if has_torch_function((x, weight, bias, b, squares)):
+        return handle_torch_function(bcos_conv2d, (x, weight, bias, b, squares), **locals())
     _check_tensors("x", x, weight=weight, bias=bias)
     stride, dilation = _pair("stride", stride, 1), _pair("dilation", dilation, 1)
     _check_rank(x, "x", 4, "[N, C, H, W]")
@@ -173,20 +157,8 @@ def bcos_linear(
     Raises:
         TypeError, ValueError, RuntimeError: as for :func:`bcos_conv2d`.
     """
-    if has_torch_function(tensors := (x, weight, bias, b, squares)):
-        return handle_torch_function(
-            bcos_linear,
-            tensors,
-            x,
-            weight,
-            bias,
-            b=b,
-            max_out=max_out,
-            normalize_weight=normalize_weight,
-            detach_scale=detach_scale,
-            squares=squares,
-            backend=backend,
-        )
+    if has_torch_function((x, weight, bias, b, squares)):
+        return handle_torch_function(bcos_linear, (x, weight, bias, b, squares), **locals())
     _check_tensors("x", x, weight=weight, bias=bias)
     if x.dim() < 1:
         raise ValueError("x must be [..., C]; got a scalar")
@@ -293,23 +265,8 @@ def batch_norm_with_squares(
 
     For the layers of this package, which know that the one is followed by the other.
     """
-    if has_torch_function(tensors := (x, running_var, weight, bias, residual)):
-        return handle_torch_function(
-            batch_norm_with_squares,
-            tensors,
-            x,
-            running_var,
-            weight,
-            bias,
-            training=training,
-            residual=residual,
-            relu=relu,
-            momentum=momentum,
-            eps=eps,
-            detach_var=detach_var,
-            squares=squares,
-            backend=backend,
-        )
+    if has_torch_function((x, running_var, weight, bias, residual)):
+        return handle_torch_function(batch_norm_with_squares, (x, running_var, weight, bias, residual), **locals())
     _check_floating("x", x)
     _check_rank(x, "x", 4, "[N, C, H, W]")
     for name, t in (("running_var", running_var), ("weight", weight), ("bias", bias)):
@@ -409,19 +366,8 @@ def layer_norm_with_squares(
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """:func:`layer_norm` over one axis, and what :func:`bcos_linear` takes as ``squares``: of the result."""
-    if has_torch_function(tensors := (x, weight, bias)):
-        return handle_torch_function(
-            layer_norm_with_squares,
-            tensors,
-            x,
-            normalized_shape,
-            weight,
-            bias,
-            eps=eps,
-            detach_var=detach_var,
-            squares=squares,
-            backend=backend,
-        )
+    if has_torch_function((x, weight, bias)):
+        return handle_torch_function(layer_norm_with_squares, (x, weight, bias), **locals())
     _check_floating("x", x)
     shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
     if not shape or x.shape[max(x.dim() - len(shape), 0) :] != shape:
@@ -502,10 +448,9 @@ def is_special(weight: Tensor) -> bool:
     """Whether the tensor is of a class that computes in its own way, as quantised weights do."""
     if type(weight) in (Tensor, nn.Parameter) or isinstance(weight, torch.fx.Proxy):
         return False
-    own: Any
-    plain: Any
-    own, plain = type(weight).__torch_function__, Tensor.__torch_function__
-    return own is not torch._C._disabled_torch_function_impl and own.__func__ is not plain.__func__
+    own = type(weight).__torch_function__  # usually a class method, but a static method works too
+    plain: Any = Tensor.__torch_function__
+    return own is not torch._C._disabled_torch_function_impl and getattr(own, "__func__", own) is not plain.__func__
 
 
 def _check_output(u: Tensor, shape: list[int], x: Tensor) -> None:
@@ -532,13 +477,12 @@ def _check_device(name: str, t: Tensor, x: Tensor) -> None:
 
 def _check_tensors(first: str, x: Tensor, **others: Tensor | None) -> None:
     _check_floating(first, x)
-    autocast = _autocasts(x.device.type)
     for name, t in others.items():
         if t is None:
             continue
         _check_floating(name, t)
         _check_device(name, t, x)
-        if t.dtype != x.dtype and not autocast:
+        if t.dtype != x.dtype and not _autocasts(x.device.type):
             raise TypeError(f"{name} is {t.dtype}, but x is {x.dtype}; convert one, or use torch.autocast")
 
 

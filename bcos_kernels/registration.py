@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import sys
 from collections.abc import Callable, Sequence
-from importlib.machinery import ModuleSpec
+from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
@@ -288,17 +288,20 @@ def when_imported(module: str, then: str) -> None:
         return
 
     class Finder:
+        """Stays until the module is imported: somebody may only ask whether it is there."""
+
         @staticmethod
-        def find_spec(name: str, *_: Any) -> ModuleSpec | None:
+        def find_spec(name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
             if name != module:
                 return None
-            sys.meta_path.remove(Finder)
-            spec = importlib.util.find_spec(name)
+            spec = PathFinder.find_spec(name, path, target)
             if spec is not None and spec.loader is not None:
                 execute = spec.loader.exec_module
 
                 def exec_module(m: ModuleType) -> None:
                     execute(m)
+                    if Finder in sys.meta_path:
+                        sys.meta_path.remove(Finder)
                     importlib.import_module(then)
 
                 spec.loader.exec_module = exec_module  # type: ignore[method-assign, assignment]

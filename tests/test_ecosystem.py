@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from captum import attr
 from torch import Tensor, nn
 
 import bcos_kernels as bk
@@ -36,7 +37,6 @@ def cam(model: Any, layer: nn.Module, images: Tensor) -> Tensor:
 
 
 def test_captum(model: Any, images: Tensor) -> None:
-    attr = pytest.importorskip("captum.attr")
     with bk.explanation_mode(model):
         maps = attr.InputXGradient(model).attribute(images.clone().requires_grad_(), target=1).sum(1)
     assert_close(maps, bk.explain(model, images, 1).contributions, GRADIENT)
@@ -45,6 +45,7 @@ def test_captum(model: Any, images: Tensor) -> None:
         assert_close(got, cam(model, layer, images), GRADIENT)
 
 
+# grad-cam is not in the test extra (nor is peft, for test_inner_layers): it brings OpenCV, and peft transformers
 def test_grad_cam(model: Any, images: Tensor) -> None:
     package = pytest.importorskip("pytorch_grad_cam")
     for layer in (model.model.layer4, model.model.layer4[0].conv2.linear):

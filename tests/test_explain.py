@@ -222,6 +222,30 @@ def test_a_network_that_adds_the_inverse_itself() -> None:
         bk.explain(network(6, Own()), images, add_inverse=True)
 
 
+def test_another_convolution_that_is_registered_first() -> None:
+    """Its channels are not those that the network sees; the other layout is tried then."""
+
+    class Auxiliary(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self[1](x)
+
+    images = torch.rand(2, 3, 8, 8, dtype=torch.float64)
+    expected = bk.explain(network(6), images, 1)
+    explanation = bk.explain(Auxiliary(nn.Conv2d(3, 2, 1).double(), network(6)), images, 1)
+    assert torch.equal(explanation.images, expected.images)
+    assert torch.equal(explanation.weights, expected.weights)
+    explanation = bk.explain(Auxiliary(nn.Conv2d(4, 2, 1).double(), network(6)), expected.images, 1)
+    assert torch.equal(explanation.weights, expected.weights)
+
+
+def test_a_network_with_add_inverse_is_run_once() -> None:
+    model = network(6, bk.AddInverse())
+    calls: list[int] = []
+    model.register_forward_pre_hook(lambda module, inputs: calls.append(inputs[0].shape[1]))
+    bk.explain(model, torch.rand(2, 3, 8, 8, dtype=torch.float64), 1)
+    assert calls == [3]
+
+
 def test_values_outside_of_zero_and_one() -> None:
     model, images = network(6), torch.rand(1, 6, 8, 8, dtype=torch.float64)
     bk.explain(model, images * 1.1 - 0.05)  # as resizing leaves them

@@ -65,15 +65,6 @@ def compare(a: list[Tensor], b: list[Tensor]) -> None:
         assert_close(actual, expected, GRADIENT if i else OUTPUT, f"result {i}")
 
 
-def hook(kind: str) -> Callable[[nn.Module], Any]:
-    return {
-        "forward": lambda m: m.register_forward_hook(lambda *a: None),
-        "pre": lambda m: m.register_forward_pre_hook(lambda *a: None),
-        "backward": lambda m: m.register_full_backward_hook(lambda *a: None),
-        "pre backward": lambda m: m.register_full_backward_pre_hook(lambda *a: None),
-    }[kind]
-
-
 @pytest.mark.parametrize("explained", [False, True])
 @pytest.mark.parametrize("name", LAYERS)
 def test_called_is_the_same_as_not_called(name: str, explained: bool) -> None:
@@ -295,10 +286,23 @@ class Scaled(Tensor):
         return 3 * result.as_subclass(Tensor) if func is F.linear else result
 
 
-def test_weights_of_another_class() -> None:
+class Static(Tensor):
+    """The same by a static method."""
+
+    @staticmethod
+    def __torch_function__(func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **(kwargs or {}))
+        if func is Tensor.detach:
+            return result.as_subclass(Static)
+        return 3 * result if func is F.linear else result
+
+
+@pytest.mark.parametrize("kind", [Scaled, Static])
+def test_weights_of_another_class(kind: type[Tensor]) -> None:
     layer, x = make("b_1")
     before = layer(x)
-    layer.linear.weight = nn.Parameter(layer.weight.detach().as_subclass(Scaled))
+    layer.linear.weight = nn.Parameter(layer.weight.detach().as_subclass(kind))
     assert_close(layer(x), 3 * before, OUTPUT)
 
 

@@ -47,6 +47,8 @@ def test_flop_counter_knows_the_operators_whenever_it_is_imported() -> None:
     for order in (
         "import bcos_kernels; import torch.utils.flop_counter",
         "import torch.utils.flop_counter; import bcos_kernels",
+        "import bcos_kernels; import importlib.util; importlib.util.find_spec('torch.utils.flop_counter');"
+        "import torch.utils.flop_counter",
     ):
         code = f"{order}; print(sum('bcos' in str(op) for op in torch.utils.flop_counter.flop_registry))"
         done = subprocess.run(

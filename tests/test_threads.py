@@ -243,6 +243,20 @@ def test_enter_enter_leave_explain(ours: bool) -> None:
     assert torch.equal(gradient(model, images()), plain)
 
 
+def test_one_layer_that_raises_does_not_leave_the_others_on() -> None:
+    class Raises(PlainConv2d):
+        def set_explanation_mode(self, activate: bool = True) -> None:
+            self.detach = activate
+            if not activate:
+                raise KeyError("not off")
+
+    model = nn.Sequential(Raises(6, 4, 1), PlainConv2d(4, 4, 1), PlainConv2d(4, 4, 1))
+    for _ in range(2):
+        with pytest.raises(KeyError, match="not off"), bk.explanation_mode(model):
+            assert all(m.detach for m in model)
+        assert not any(m.detach for m in model)
+
+
 def test_generators_and_tasks_interleave() -> None:
     model, other = network().eval(), network().eval()
     plain = gradient(model, images())
@@ -295,18 +309,19 @@ def test_a_swapped_layer_is_explained_by_thread_too() -> None:
         assert torch.equal(together(lambda: gradient(model, images()))[0], plain)
 
 
-def test_replicas_of_data_parallel_keep_the_mode() -> None:
+@pytest.mark.parametrize("swapped", [False, True])
+def test_replicas_of_data_parallel_keep_the_mode(swapped: bool) -> None:
     """They are other objects, and run in threads of their own."""
-    model = network()
+    model = bk.accelerate(nn.Sequential(PlainConv2d(6, 4, 3))) if swapped else network()
     with bk.explanation_mode(model):
         replica = model[0]._replicate_for_data_parallel()
     assert replica.detach
+    assert not model[0].detach
     assert not model[0]._replicate_for_data_parallel().detach
 
 
-def test_checkpoints_in_threads_of_autograd() -> None:
-    """So many checkpoints in each other that the engine takes a thread of its own, as it does on a GPU."""
-    layer = bk.BcosLinear(3, 3).double()
+def checkpointed(layer: nn.Module, x: Tensor) -> tuple[Tensor | None, int]:
+    """The gradient, and how many threads ran the layer: so many checkpoints in each other that there are two, as on a GPU."""
     threads: set[int] = set()
 
     def run(x: Tensor, depth: int) -> Tensor:
@@ -315,16 +330,46 @@ def test_checkpoints_in_threads_of_autograd() -> None:
         threads.add(threading.get_ident())
         return layer(x)
 
-    def checkpointed() -> Tensor | None:
-        leaf = x.clone().requires_grad_()
-        run(leaf, 62).square().sum().backward()
-        return leaf.grad
+    leaf = x.clone().requires_grad_()
+    run(leaf, 62).square().sum().backward()
+    return leaf.grad, len(threads)
 
-    x = torch.randn(2, 3, dtype=torch.float64)
+
+def test_checkpoints_in_threads_of_autograd() -> None:
+    layer, x = bk.BcosLinear(3, 3).double(), torch.randn(2, 3, dtype=torch.float64)
     with bk.explanation_mode(layer):
-        assert torch.equal(checkpointed(), gradient(layer, x))
-    assert len(threads) == 2
-    assert torch.equal(checkpointed(), gradient(layer, x))
+        grad, threads = checkpointed(layer, x)
+        assert torch.equal(grad, gradient(layer, x))
+    assert threads == 2
+    assert torch.equal(checkpointed(layer, x)[0], gradient(layer, x))
+
+
+def test_checkpoints_in_tasks_of_one_thread() -> None:
+    """The tasks share what the thread leaves for the engine; each leaves its own with every forward pass."""
+    layer, x = bk.BcosLinear(3, 3).double(), torch.randn(2, 3, dtype=torch.float64)
+
+    async def explain() -> Tensor | None:
+        with bk.explanation_mode(layer):
+            await asyncio.sleep(0)
+            return checkpointed(layer, x)[0]
+
+    async def visit() -> None:
+        with bk.explanation_mode(layer):
+            pass
+
+    async def train() -> Tensor | None:
+        return checkpointed(layer, x)[0]
+
+    async def all_of_them(*tasks: Callable[[], Any]) -> list[Any]:
+        return await asyncio.gather(*(task() for task in tasks))
+
+    plain = gradient(layer, x)
+    with bk.explanation_mode(layer):
+        expected = gradient(layer, x)
+    assert not torch.allclose(plain, expected)
+    assert torch.equal(asyncio.run(all_of_them(explain, visit))[0], expected)
+    results = asyncio.run(all_of_them(explain, train))
+    assert [torch.equal(r, e) for r, e in zip(results, (expected, plain), strict=True)] == [True, True]
 
 
 def test_compiled_code_follows_the_mode_of_its_own_model() -> None:

@@ -15,6 +15,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stac
 
 import bcos_kernels as bk
 from bcos_kernels import reference
+from bcos_kernels.modules import Normalize, transforms
 from tests.op_cases import LEARNABLE, SHAPES, Case
 from tests.tolerances import GRADIENT, OUTPUT, assert_close
 
@@ -455,3 +456,19 @@ def test_compiled_transforms(transform: str) -> None:
     function = grad(f, (0, 1)) if transform == "grad" else vmap(grad(f, (0, 1)), (0, None))
     x = x if transform == "grad" else torch.stack([x, x + 1])
     assert_same(torch.compile(function, fullgraph=True, backend="aot_eager")(x, weight), function(x, weight))
+
+
+@pytest.mark.parametrize("transform", ["functionalize", "grad", "vmap"])
+def test_constants_made_inside_a_transform_do_not_stay(transform: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transforms, "_constants", {})
+    layer, x = Normalize((0.1, 0.7), (0.3, 0.9)), torch.rand(2, 2, 3, 3, dtype=D)
+    mean, std = (torch.tensor(v, dtype=D)[:, None, None] for v in ((0.1, 0.7), (0.3, 0.9)))
+    if transform == "grad":
+        assert_close(grad(lambda x: layer(x).square().sum())(x), 2 * (x - mean) / std.square(), GRADIENT)
+    else:
+        inside = torch.func.functionalize(layer) if transform == "functionalize" else vmap(lambda x: layer(x[None])[0])
+        assert_close(inside(x), (x - mean) / std, OUTPUT)
+    y = layer(x)
+    assert not torch._is_functional_tensor(y)
+    assert_close(y, (x - mean) / std, OUTPUT)
+    assert not any(map(torch._C._functorch.is_functorch_wrapped_tensor, transforms._constants.values()))

@@ -103,13 +103,14 @@ class SimpleViTAttention(DetachableAttention):
 
 
 class AttentionPool2d(DetachableAttention):
-    """CLIP's attention pool: the mean of all locations asks, all locations and the mean answer.
+    """CLIP's attention pool. The query is the mean over all locations; keys and values are the mean and every location.
 
     Shapes: ``[N, C, H, W]`` to ``[N, E]``. Children: ``q_proj``, ``k_proj``, ``v_proj``, ``c_proj``; ``source`` also has
     ``num_heads``. The positional embedding is kept only where asked for: B-cosification (arXiv 2411.00715) has none.
     ``c_proj`` may be a B-cos layer in name, as in the public checkpoints: the plain layer inside is what is applied.
 
-    With ``unpool`` set, nothing asks: every location is projected alone, to ``[N, H * W, E]`` (attention unpooling).
+    With ``unpool`` set there is no attention: each location is projected separately, to ``[N, H * W, E]`` (attention
+    unpooling).
     """
 
     unpool: bool = False

@@ -18,7 +18,7 @@ from bcos_kernels.functional import (
     is_special,
     linear_scaled,
 )
-from bcos_kernels.modules.detachable import DetachableModule, has_hooks
+from bcos_kernels.modules.detachable import DetachableModule, constants, has_hooks
 
 #: What a convolution is told besides its weights.
 _GEOMETRY = (
@@ -33,10 +33,7 @@ _GEOMETRY = (
 
 
 #: The methods that make torch's layers what they are; from now on, a method that is put in their place shows.
-_METHODS = {
-    nn.Conv2d: (("forward", nn.Conv2d.forward), ("_conv_forward", nn.Conv2d._conv_forward)),
-    nn.Linear: (("forward", nn.Linear.forward),),
-}
+_CONV2D, _CONVOLVE, _LINEAR = nn.Conv2d.forward, nn.Conv2d._conv_forward, nn.Linear.forward
 
 
 def _runs_as_torch(linear: nn.Module) -> bool:
@@ -44,11 +41,12 @@ def _runs_as_torch(linear: nn.Module) -> bool:
 
     A parametrised layer is a subclass with the same forward pass, whose weight and bias are what they should be when read.
     """
-    for base, methods in _METHODS.items():
-        if isinstance(linear, base):
-            kind, own = type(linear), vars(linear)
-            return all(getattr(kind, name) is method and name not in own for name, method in methods)
-    return False
+    kind, own = type(linear), vars(linear)
+    if "forward" in own:
+        return False
+    if issubclass(kind, nn.Conv2d):
+        return kind.forward is _CONV2D and kind._conv_forward is _CONVOLVE and "_conv_forward" not in own
+    return issubclass(kind, nn.Linear) and kind.forward is _LINEAR
 
 
 class _BcosLayer(DetachableModule):
@@ -163,8 +161,9 @@ class BcosConv2d(_BcosLayer):
 
     @property
     def takes_squares(self) -> bool:
-        """Whether :meth:`with_squares` can use them: there is one norm, and of the input as it is."""
-        return self._is_plain(self.linear) and self.linear.groups == 1 and self.linear.padding_mode == "zeros"
+        """Whether :meth:`with_squares` takes them: there is one norm, and of the input as it is."""
+        linear = self.linear
+        return getattr(linear, "groups", 0) == 1 and getattr(linear, "padding_mode", "") == "zeros"
 
     def _geometry_of(self, linear: nn.Module) -> Any:
         """Something with kernel size, stride, ..: the inner layer, the convolution in it, or what there was at first."""
@@ -177,8 +176,12 @@ class BcosConv2d(_BcosLayer):
         return self.with_squares(x, None)
 
     def with_squares(self, x: Tensor, squares: Tensor | None) -> Tensor:
-        """:meth:`forward` of an input whose sums of squares are known; see :func:`bcos_kernels.bcos_conv2d`."""
+        """:meth:`forward` of an input whose sums of squares are known; see :func:`bcos_kernels.bcos_conv2d`.
+
+        They are not used where the inner layer is called.
+        """
         conv = self.linear
+        detach, constant = self.modes()
         if not self._is_plain(conv) or is_special(weight := conv.weight):
             u, conv = self._called(x), self._geometry_of(conv)
             x, padding = _padded(x, conv)
@@ -193,13 +196,16 @@ class BcosConv2d(_BcosLayer):
                 groups=conv.groups,
                 max_out=self.max_out,
                 out_channels=self.out_channels,
-                detach_scale=self.detach,
+                detach_scale=detach,
             )
+        bias = conv.bias
+        if constant:
+            weight, bias = constants(weight, bias)
         x, padding = _padded(x, conv)
         return bcos_conv2d(
             x,
-            self.constant(weight),
-            self.constant(conv.bias),
+            weight,
+            bias,
             b=self.b,
             stride=conv.stride,
             padding=padding,
@@ -207,7 +213,7 @@ class BcosConv2d(_BcosLayer):
             groups=conv.groups,
             max_out=self.max_out,
             normalize_weight=self.normalize_weight,
-            detach_scale=self.detach,
+            detach_scale=detach,
             squares=squares,
         )
 
@@ -282,6 +288,7 @@ class BcosLinear(_BcosLayer):
     def with_squares(self, x: Tensor, squares: Tensor | None) -> Tensor:
         """:meth:`forward` of an input whose sums of squares are known; see :func:`bcos_kernels.bcos_linear`."""
         linear = self.linear
+        detach, constant = self.modes()
         if not self._is_plain(linear) or is_special(weight := linear.weight):
             return linear_scaled(
                 self._called(x),
@@ -289,15 +296,18 @@ class BcosLinear(_BcosLayer):
                 b=self.b,
                 max_out=self.max_out,
                 out_features=self.out_features,
-                detach_scale=self.detach,
+                detach_scale=detach,
             )
+        bias = linear.bias
+        if constant:
+            weight, bias = constants(weight, bias)
         return bcos_linear(
             x,
-            self.constant(weight),
-            self.constant(linear.bias),
+            weight,
+            bias,
             b=self.b,
             max_out=self.max_out,
             normalize_weight=self.normalize_weight,
-            detach_scale=self.detach,
+            detach_scale=detach,
             squares=squares,
         )

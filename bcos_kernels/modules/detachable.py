@@ -6,15 +6,13 @@ import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.modules.module import _has_any_global_hook  # there is no public name for it
 
 from bcos_kernels.context import Stack
-
-P = TypeVar("P", Tensor, Tensor | None)
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -58,6 +56,11 @@ def explained(layers: tuple[nn.Module, ...], *, input_only: bool) -> Iterator[No
         yield
     finally:
         _explained.remove(entry)
+
+
+def constants(*parameters: Tensor | None) -> tuple[Any, ...]:
+    """The parameters without a gradient."""
+    return tuple(None if p is None else p.detach() for p in parameters)
 
 
 def has_switch(module: nn.Module) -> bool:
@@ -109,7 +112,7 @@ class DetachableModule(nn.Module):
     @property
     def detach(self) -> bool:
         """Whether the layer is in explanation mode, here and now. Assigning is :meth:`set_explanation_mode`."""
-        return self._detach or self._is_explained(input_only=False)
+        return self.modes()[0]
 
     @detach.setter
     def detach(self, value: bool) -> None:
@@ -118,21 +121,20 @@ class DetachableModule(nn.Module):
     def set_explanation_mode(self, activate: bool = True) -> None:
         self.detach = activate
 
-    def _is_explained(self, *, input_only: bool) -> bool:
-        entries = _explained.get()
-        if not entries:  # every layer asks at every call
-            return False
-        return any((entry.input_only or not input_only) and id(self) in entry.ids for entry in entries)
-
-    def constant(self, parameter: P) -> P:
-        """The parameter; without a gradient where :func:`bcos_kernels.explain` wants that of the image alone.
+    def modes(self) -> tuple[bool, bool]:
+        """``detach``, and whether parameters are constants too, since :func:`bcos_kernels.explain` wants no gradient of them.
 
         ``torch.autograd.grad`` tells torch's own operations what it wants, but not a Python function, which ours are.
+        One look-up for both: every layer asks at every call.
         """
-        return parameter.detach() if parameter is not None and self._is_explained(input_only=True) else parameter
+        entries = _explained.get()
+        if not entries:
+            return self._detach, False
+        mine = [entry.input_only for entry in entries if id(self) in entry.ids]
+        return self._detach or bool(mine), True in mine
 
     def _replicate_for_data_parallel(self) -> nn.Module:
         """A replica of ``nn.DataParallel`` is another object and runs in another thread: it keeps the mode itself."""
         replica: DetachableModule = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
-        replica._detach = self.detach
+        vars(replica)["_detach"] = self.detach  # its own, where the attribute is a property
         return replica

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from bcos_kernels import reference
 from bcos_kernels.contract import accumulator
 from bcos_kernels.functional import batch_norm_with_squares, layer_norm, layer_norm_with_squares
-from bcos_kernels.modules.detachable import DetachableModule, has_hooks, runs
+from bcos_kernels.modules.detachable import DetachableModule, constants, has_hooks, runs
 
 
 class _AllReduce(torch.autograd.Function):
@@ -40,8 +40,8 @@ class BatchNormUncentered2d(_NormBase, DetachableModule):
     Arguments and buffers are those of ``nn.BatchNorm2d``, so that its checkpoints load, plus ``bias`` (False: none).
     ``running_mean`` is kept for that alone; it is neither used nor updated.
 
-    It is no ``nn.BatchNorm2d``, and what torch does to those leaves it alone: use :func:`convert_sync_batchnorm` and
-    :func:`update_bn` of this package instead of torch's.
+    It does not subclass ``nn.BatchNorm2d``, so torch's functions for batch norms ignore it: use
+    :func:`convert_sync_batchnorm` and :func:`update_bn` of this package instead.
     """
 
     #: take the variance over all processes, in training; see :func:`convert_sync_batchnorm`
@@ -88,17 +88,21 @@ class BatchNormUncentered2d(_NormBase, DetachableModule):
                 momentum = 1.0 / float(self.num_batches_tracked)
         if self.training and self.synchronised and dist.is_available() and dist.is_initialized():
             return self._over_all_processes(input, residual, relu, momentum or 0.0), None
+        weight, bias = self.weight, self.bias
+        detach, constant = self.modes()
+        if constant:
+            weight, bias = constants(weight, bias)
         return batch_norm_with_squares(
             input,
             self.running_var,
-            self.constant(self.weight),
-            self.constant(self.bias),
+            weight,
+            bias,
             training=self.training or self.running_var is None,
             residual=residual,
             relu=relu,
             momentum=momentum if momentum is not None else 0.0,
             eps=self.eps,
-            detach_var=self.detach,
+            detach_var=detach,
             squares=squares,
         )
 
@@ -116,9 +120,12 @@ class BatchNormUncentered2d(_NormBase, DetachableModule):
             with torch.no_grad():
                 weight = (sums[-1] > 0).to(self.running_var.dtype) * momentum
                 self.running_var.lerp_(var.to(self.running_var.dtype), weight)
-        weight, bias = self.constant(self.weight), self.constant(self.bias)
+        weight, bias = self.weight, self.bias
+        detach, constant = self.modes()
+        if constant:
+            weight, bias = constants(weight, bias)
         return reference.batch_norm_uncentered2d(
-            x, var, weight, bias, residual=residual, relu=relu, eps=self.eps, detach_var=self.detach
+            x, var, weight, bias, residual=residual, relu=relu, eps=self.eps, detach_var=detach
         ).to(input.dtype)
 
 
@@ -197,27 +204,21 @@ class DetachableLayerNorm(nn.LayerNorm, DetachableModule):
     """``nn.LayerNorm``; in explanation mode the variance is a constant, the mean is not."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if not self.detach:
+        weight, bias = self.weight, self.bias
+        detach, constant = self.modes()
+        if not detach:
             return super().forward(input)
-        return layer_norm(
-            input,
-            self.normalized_shape,
-            self.constant(self.weight),
-            self.constant(self.bias),
-            eps=self.eps,
-            detach_var=True,
-        )
+        if constant:
+            weight, bias = constants(weight, bias)
+        return layer_norm(input, self.normalized_shape, weight, bias, eps=self.eps, detach_var=True)
 
     def with_squares(self, input: Tensor) -> tuple[Tensor, Tensor | None]:
         """:meth:`forward`, and the sums of squares for the next B-cos layer; see :func:`bcos_kernels.bcos_linear`."""
-        return layer_norm_with_squares(
-            input,
-            self.normalized_shape,
-            self.constant(self.weight),
-            self.constant(self.bias),
-            eps=self.eps,
-            detach_var=self.detach,
-        )
+        weight, bias = self.weight, self.bias
+        detach, constant = self.modes()
+        if constant:
+            weight, bias = constants(weight, bias)
+        return layer_norm_with_squares(input, self.normalized_shape, weight, bias, eps=self.eps, detach_var=detach)
 
 
 class DetachableLayerNorm2d(DetachableLayerNorm):

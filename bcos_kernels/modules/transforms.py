@@ -37,8 +37,8 @@ _constants: dict[tuple[tuple[float, ...], torch.device, torch.dtype], Tensor] = 
 
 def _constant(values: tuple[float, ...], like: Tensor) -> Tensor:
     """``values``, to be broadcast over ``[N, C, H, W]``, on the device and in the dtype of ``like``."""
-    # what a compiler or a fake tensor mode makes is its own
-    own = torch.compiler.is_compiling() or type(like) is not Tensor
+    # what a compiler, a fake tensor mode or a transform of torch.func makes is its own
+    own = torch.compiler.is_compiling() or type(like) is not Tensor or torch._C._are_functorch_transforms_active()
     key = (values, like.device, like.dtype)
     if own or key not in _constants:
         with torch.inference_mode(False):
