@@ -191,7 +191,7 @@ def _verify(model: nn.Module, plan: _Plan, recipe: Recipe) -> None:
     with (
         torch.random.fork_rng(devices),
         torch.inference_mode(False),
-        torch.autocast(next(model.parameters()).device.type, enabled=False),
+        torch.autocast(device.type, enabled=False),
     ):
         given = images_for(model)
         if given is None:
@@ -202,8 +202,8 @@ def _verify(model: nn.Module, plan: _Plan, recipe: Recipe) -> None:
         if why is not None:
             raise ValueError(
                 f"model: cannot convert a {type(model).__name__}: at B = 1, with everything kept, the converted network "
-                f"would not be the same function: {why}. No single layer is to blame: the forward pass makes use of the class, the "
-                "weights or the settings of a layer, or of its input's memory"
+                f"would not be the same function: {why}. No single layer is to blame: the forward pass makes use of the "
+                "class, the weights or the settings of a layer, or of its input's memory"
             )
         if not plan.constants and not recipe.biases:
             network = plan.build(shared_copy(model), Recipe(1.0, max_pooling=recipe.max_pooling))
