@@ -120,7 +120,7 @@ def check(function: Any, tensors: list[Tensor | None], b: Any, dtype: torch.dtyp
 
 
 @pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler on this machine")
-@pytest.mark.skipif(os.environ.get("BCOS_NO_EXTENSION", "0") not in ("", "0"), reason="BCOS_NO_EXTENSION is set")
+@pytest.mark.skipif(build_record.flag("BCOS_NO_EXTENSION"), reason="BCOS_NO_EXTENSION is set")
 def test_is_built_where_a_compiler_is_found() -> None:
     """So that nothing below is skipped silently. By hand: ``python setup.py build_ext --inplace``."""
     assert native.unavailable() is None
