@@ -11,7 +11,7 @@ Environment variables:
     BCOS_NO_CUDA=1          leave the CUDA kernels out
     BCOS_REQUIRE_EXTENSION=1  fail where the extension, or its CUDA part beside an nvcc, cannot be built, instead of
                             leaving it out
-    BCOS_WERROR=1           warnings in our own sources are errors (the Makefile sets this and the one above)
+    BCOS_WERROR=1           warnings in our own sources are errors (CI sets this and the one above)
     BCOS_SANITIZE=1         AddressSanitizer and UndefinedBehaviorSanitizer (make sanitize)
     CXX, MAX_JOBS           compiler and parallel jobs
     BCOS_BUILD_DIR          where object files are kept, build/ if not given
@@ -70,7 +70,7 @@ def leave_record(package: Path, missing: str | None, on_purpose: bool = False) -
 
 
 class BuildPython(build_py):
-    """Says so in the package where the extension is left out on purpose: there is no build_ext then."""
+    """Writes `_build.json` when the extension is left out on purpose; build_ext does not run then."""
 
     def run(self) -> None:
         super().run()

@@ -33,7 +33,23 @@ MARK = "bcos_kernels build info: "
 #: What a build without isolation needs in the environment, as in pyproject.toml.
 BUILD_TOOLS = ("setuptools>=77", "ninja")
 
+#: The compute capability that the CUDA kernels need (mma.sync with bfloat16, cp.async).
+LEAST_CAPABILITY = (8, 0)
+#: Why there are no CUDA kernels where nothing else is known.
+NO_NVCC = "no nvcc was found"
+
 _SUFFIXES = {".cpp", ".cu", ".cuh", ".h"}
+
+
+def flag(name: str) -> bool:
+    """Whether an environment variable is set, and not to 0."""
+    return os.environ.get(name, "0") not in ("", "0")
+
+
+def find_nvcc() -> str | None:
+    """nvcc of CUDA_HOME or CUDA_PATH where one is set, or else that of PATH."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    return shutil.which("nvcc", path=f"{home}/bin" if home else None)
 
 
 def source_files(folder: Path) -> list[Path]:
@@ -147,4 +163,4 @@ def left_out() -> str:
 
 def left_out_on_purpose() -> bool:
     """Whether the package was built with BCOS_NO_EXTENSION=1, or runs with it."""
-    return bool(record().get("on_purpose")) or os.environ.get("BCOS_NO_EXTENSION", "0") not in ("", "0")
+    return bool(record().get("on_purpose")) or flag("BCOS_NO_EXTENSION")

@@ -39,7 +39,7 @@ _orders: dict[tuple[str, torch.device, torch.dtype, str], tuple[ModuleType, ...]
 
 
 class SlowPathWarning(UserWarning):
-    """Layers run in plain PyTorch, since no backend with kernels of its own can be used here; the message says why."""
+    """Layers run in plain PyTorch because no backend with compiled kernels can run the call; the message says why."""
 
 
 def names() -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -92,15 +93,15 @@ def _kernels() -> str:
         return "the compiled ones do not run, see below"
     ops = torch.ops.bcos_native
     if not ops.has_avx512():
-        return f"for {torch.backends.cpu.get_cpu_capability()}; {_WITHOUT_AVX512}"
-    return f"for AVX-512; fused 1x1 and linear layer {'on' if ops.fuses_pointwise() else 'off, oneDNN has no small products'}"
+        return _WITHOUT_AVX512
+    return f"fused 1x1 and linear layer {'on' if ops.fuses_pointwise() else 'off, oneDNN has no small products'}"
 
 
 def _extension() -> str:
     info = native.build_info()
     if info is None:
         return f"missing: {build_record.left_out()}"
-    cuda = info.get("cuda_archs") or f"none ({info.get('no_cuda') or 'no nvcc was found'})"
+    cuda = info.get("cuda_archs") or f"none ({info.get('no_cuda') or build_record.NO_NVCC})"
     return f"for torch {info.get('torch')}, by {info.get('compiler')}; GPUs: {cuda}"
 
 
@@ -116,15 +117,15 @@ def _flags() -> str:
 
 
 def _compiler() -> str:
-    for name in (os.environ.get("CXX", "").split() or ["g++"], ["g++"], ["clang++"], ["c++"]):
-        if said := _says(*name, "--version"):
+    """The first of CXX, g++, clang++ and c++ that says what it is."""
+    for command in dict.fromkeys((os.environ.get("CXX", ""), "g++", "clang++", "c++")):
+        if said := _says(*shlex.split(command), "--version"):
             return said.splitlines()[0]
     return "none found"
 
 
 def _nvcc() -> str:
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    found = shutil.which("nvcc", path=f"{home}/bin" if home else None)
+    found = build_record.find_nvcc()
     release = re.search(r"release [\d.]+, V[\d.]+", _says(found, "--version")) if found else None
     return release.group() if release else "none found"
 
@@ -180,7 +181,8 @@ def report() -> str:
         _line("GPU", lambda: "; ".join(_gpus()) or "none"),
         _line("backends", _backends).rstrip(),
     ]
-    return "\n".join(lines).replace(str(Path.home()), "~")
+    text, home = "\n".join(lines), os.path.expanduser("~")
+    return text.replace(home, "~") if len(home) > 1 else text  # "/" in some containers; "~" where there is no home
 
 
 if __name__ == "__main__":

@@ -34,9 +34,10 @@ _DTYPES = {
     "cuda": (torch.float32, torch.float64, torch.bfloat16, torch.float16),
 }
 #: From benchmarks/results/networks-cpu.csv, in docs/performance.md; nothing was measured on a GPU yet.
-_COST = "A step of ResNet-50 on the CPU takes 1.65 times as long as a conventional network's, with the extension 1.04 times."
-
-_LEAST_CAPABILITY = (8, 0)
+_COST = (
+    "In our measurements (docs/performance.md) a CPU step of ResNet-50 takes 1.65 times as long as the conventional "
+    "network's without the extension, and 1.04 times as long with it."
+)
 
 _LINEAR, _QUADRATIC, _GENERAL = range(3)
 
@@ -80,11 +81,11 @@ def _gpu_not_covered(index: int) -> str | None:
     info = build_info() or {}
     capability = torch.cuda.get_device_capability(index)
     major, minor = capability
-    if capability < _LEAST_CAPABILITY:
+    if capability < build_record.LEAST_CAPABILITY:
         return f"native: kernels need compute capability 8.0 or higher; this GPU has {major}.{minor}"
     archs = info.get("cuda_archs", "")
     if not archs:
-        why = info.get("no_cuda") or "no nvcc was found"
+        why = info.get("no_cuda") or build_record.NO_NVCC
         return f"native: built without CUDA: {why}; with nvcc, `{build_record.rebuild_command()}` builds the kernels"
     if not covers(archs, capability):
         command = build_record.rebuild_command([f"TORCH_CUDA_ARCH_LIST={archs};{major}.{minor}"])
@@ -102,7 +103,7 @@ def slow_path(call: Call) -> str | None:
     missing, reason = unavailable(), why_not(call)
     if call.x.device.type == "cuda":
         index = call.x.device.index
-        can_be_mended = torch.cuda.get_device_capability(index) >= _LEAST_CAPABILITY
+        can_be_mended = torch.cuda.get_device_capability(index) >= build_record.LEAST_CAPABILITY
         if not can_be_mended or reason != _gpu_not_covered(index):
             return None
         return f"bcos_kernels runs its slow path: layers in plain PyTorch. {missing or reason}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from pathlib import Path
 from types import ModuleType
 
@@ -24,10 +23,6 @@ class CannotBuildError(Exception):
         return f"{self}{self.detail}"
 
 
-def flag(name: str) -> bool:
-    return os.environ.get(name, "0") not in ("", "0")
-
-
 def _load_record() -> ModuleType:
     spec = importlib.util.spec_from_file_location("build_record", ROOT / "bcos_kernels" / "build_record.py")
     assert spec is not None
@@ -39,3 +34,4 @@ def _load_record() -> ModuleType:
 
 #: ``bcos_kernels.build_record``, which the package reads with what is written with it here.
 build_record = _load_record()
+flag = build_record.flag

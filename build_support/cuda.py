@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from build_support import CannotBuildError, flag
+from build_support import CannotBuildError, build_record, flag
 from build_support.find_torch import Torch
 
-#: What the kernels need (mma.sync with bfloat16, cp.async).
-LEAST = (8, 0)
 DEFAULT = "8.0;9.0;10.0;12.0+PTX"
 
 # As in torch.utils.cpp_extension (2.14), longer names first; and the words of its CMake, Common and All.
@@ -74,7 +71,7 @@ def choose_archs(
             match = re.fullmatch(r"(\d+)\.(\d)[af]?(\+PTX)?", arch)
             if match is None:
                 nonsense.append(word)
-            elif (int(match.group(1)), int(match.group(2))) < LEAST:
+            elif (int(match.group(1)), int(match.group(2))) < build_record.LEAST_CAPABILITY:
                 low.append(arch)
             elif not knows(arch):
                 unknown.append(arch)
@@ -114,7 +111,8 @@ class Nvcc:
 
     @staticmethod
     def find(torch: Torch) -> Nvcc:
-        """
+        """Finds nvcc and the architectures to compile for.
+
         Raises:
             NoCudaError: nothing was to be expected: there is no nvcc, torch has no CUDA, or CUDA was declined.
             CannotBuildError: there is an nvcc, and something is wrong with it.
@@ -123,10 +121,9 @@ class Nvcc:
             raise NoCudaError("BCOS_NO_CUDA=1 was set")
         if torch.cuda is None:
             raise NoCudaError("the installed torch has no CUDA")
-        home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-        nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else None)
+        nvcc = build_record.find_nvcc()
         if nvcc is None:
-            raise NoCudaError("no nvcc was found")
+            raise NoCudaError(build_record.NO_NVCC)
         release = re.search(r"release (\d+)", _output([nvcc, "--version"]))
         if release is None or release.group(1) != torch.cuda.split(".")[0]:
             version = release.group(1) if release else "unknown"

@@ -75,14 +75,18 @@ SHAPES = (
 
 
 def matrix() -> Iterator[Case]:
-    """Every shape with every exponent, and every other option with some of them."""
+    """Every shape with every exponent, and every other option with some of them.
+
+    The inner loops are of odd length, so that every second case still has every shape, exponent and option.
+    """
     exponents = (1, 1.5, 2, 2.5, LEARNABLE)
     for shape, b in itertools.product(SHAPES, exponents):
         yield shape.with_options(b=b)
-    for shape, b, max_out in itertools.product(SHAPES[::2], (1, 2, 1.25, LEARNABLE), (2, 3)):
+    for i, (b, shape) in enumerate(itertools.product((1, 2, 1.25, LEARNABLE), SHAPES[::2])):
+        max_out = 2 + i // 2 % 2
         rows = (shape.weight[0] * max_out, *shape.weight[1:])
         yield replace(shape, weight=rows).with_options(b=b, max_out=max_out)
-    for shape, b in itertools.product(SHAPES[1::2], (2, 1.5)):
+    for b, shape in itertools.product((2, 1.5), SHAPES[1::2]):
         yield shape.with_options(b=b, normalize_weight=True)
 
 
@@ -91,3 +95,9 @@ def modes(cases: Iterator[Case]) -> Iterator[Case]:
     for case in cases:
         yield case
         yield case.with_options(detach_scale=True)
+
+
+def halves() -> tuple[list[Case], list[Case]]:
+    """The matrix in both modes, in two halves; each has every shape, exponent and option, with either mode."""
+    pairs = [tuple(modes(iter([case]))) for case in matrix()]
+    return [pair[i % 2] for i, pair in enumerate(pairs)], [pair[1 - i % 2] for i, pair in enumerate(pairs)]

@@ -120,7 +120,7 @@ def check(function: Any, tensors: list[Tensor | None], b: Any, dtype: torch.dtyp
 
 
 @pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler on this machine")
-@pytest.mark.skipif(os.environ.get("BCOS_NO_EXTENSION", "0") not in ("", "0"), reason="BCOS_NO_EXTENSION is set")
+@pytest.mark.skipif(build_record.flag("BCOS_NO_EXTENSION"), reason="BCOS_NO_EXTENSION is set")
 def test_is_built_where_a_compiler_is_found() -> None:
     """So that nothing below is skipped silently. By hand: ``python setup.py build_ext --inplace``."""
     assert native.unavailable() is None
@@ -259,9 +259,19 @@ def two_threads() -> Iterator[None]:
 
 @needs_extension
 @pytest.mark.usefixtures("two_threads")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
-@pytest.mark.parametrize("b", [2.0, 2.5])
-@pytest.mark.parametrize("case", [{}, {"k": (1, 1)}, {"padding": 1, "format": CONTIGUOUS}], ids=describe)
+@pytest.mark.parametrize(
+    ("case", "b", "dtype"),
+    # every path with both dtypes and both forms of the scale, and these two with each other
+    [
+        ({}, 2.0, torch.float32),
+        ({}, 2.5, torch.bfloat16),
+        ({"k": (1, 1)}, 2.0, torch.bfloat16),
+        ({"k": (1, 1)}, 2.5, torch.float32),
+        ({"padding": 1, "format": CONTIGUOUS}, 2.0, torch.bfloat16),
+        ({"padding": 1, "format": CONTIGUOUS}, 2.5, torch.float32),
+    ],
+    ids=str,
+)
 def test_no_less_accurate_than_the_eager_reference(case: dict[str, Any], b: float, dtype: torch.dtype) -> None:
     """The error against float64 is at most 1.2 times the eager reference's own in that dtype: root mean square, 8 draws.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from importlib import metadata
@@ -97,7 +98,42 @@ def test_environment_report_says_what_this_processor_does_without(monkeypatch: p
 
     monkeypatch.setattr(native, "unavailable", lambda: None)
     monkeypatch.setattr(torch.ops, "bcos_native", Operations)
-    assert "no AVX-512: the fused 1x1 convolution and linear layer are off" in env_report.report()
+    said = env_report.report()
+    assert "no AVX-512: the fused 1x1 convolution and linear layer are off" in said
+    capability = torch.backends.cpu.get_cpu_capability()
+    assert sum(capability in line for line in said.splitlines() if line.startswith(("instructions", "kernels"))) == 1
+
+
+@pytest.mark.parametrize(("home", "said"), [("/", "/a/b"), ("", "/a/b"), ("/a", "~/b"), (None, "/a/b")])
+def test_environment_report_hides_the_home_directory(
+    home: str | None, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a container it may be the root of all paths, or not exist."""
+    if home is None:
+        monkeypatch.delenv("HOME", raising=False)
+        monkeypatch.setattr(os, "getuid", lambda: 2**31 - 5)  # nobody's
+    else:
+        monkeypatch.setenv("HOME", home)
+    monkeypatch.setattr(env_report, "_package", lambda: "/a/b")
+    report = env_report.report()
+    assert f"bcos_kernels  {said}" in report.splitlines()
+    assert "~" not in report.replace(said, "")
+
+
+def test_environment_report_asks_each_compiler_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, ...]] = []
+
+    def says(*command: str) -> str:
+        asked.append(command)
+        return ""
+
+    monkeypatch.setattr(env_report, "_says", says)
+    for given in ("", "g++", "'/a b/ccache' g++"):
+        asked.clear()
+        monkeypatch.setenv("CXX", given)
+        assert env_report._compiler() == "none found"
+        assert len(asked) == len(set(asked))
+    assert asked[0] == ("/a b/ccache", "g++", "--version")
 
 
 def test_every_public_name_is_documented() -> None:
