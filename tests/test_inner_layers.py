@@ -453,3 +453,25 @@ def test_wrappers_of_distributed_training(how: str, one_process: None) -> None:
     assert_close(bk.explain(model, x, 1).weights, weights, GRADIENT)
     for loss, e in zip(_steps(model, x), expected, strict=True):
         assert_close(loss, e, GRADIENT)
+
+
+class Adapter(nn.Module):
+    """A low-rank convolution beside the base, registered before it."""
+
+    def __init__(self, base: nn.Conv2d) -> None:
+        super().__init__()
+        self.down = nn.Conv2d(base.in_channels, 2, 1, bias=False)
+        self.up = nn.Conv2d(2, base.out_channels, 1, bias=False)
+        self.base = base
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.up(self.down(x))
+
+
+def test_the_window_is_that_of_the_layer_not_of_an_adapter() -> None:
+    layer = bk.BcosConv2d(6, 8, 3, padding=1).double()
+    x = torch.randn(2, 6, 5, 5, dtype=torch.float64)
+    expected = layer(x)
+    layer.linear = Adapter(layer.linear).double()
+    nn.init.zeros_(layer.linear.up.weight)
+    assert_close(layer(x), expected, OUTPUT)

@@ -79,7 +79,7 @@ class DetachableAttention(DetachableModule):
 class SimpleViTAttention(DetachableAttention):
     """Attention of the simple ViTs, which normalises its own input: ``norm``, ``to_qkv``, ``to_out``.
 
-    Shapes: ``[N, T, D]`` to the same. ``source`` also has ``heads``.
+    Shapes: ``[N, T, D]`` to the same. ``source`` also has ``heads``, and may have ``scale``.
     """
 
     classes = ("bcos.models.vit.Attention", "bcos_kernels/SimpleViTAttention")
@@ -90,6 +90,7 @@ class SimpleViTAttention(DetachableAttention):
     def __init__(self, source: nn.Module) -> None:
         super().__init__(source)
         self.heads: int = source.heads  # type: ignore[assignment]
+        self.scale: float | None = getattr(source, "scale", None)
 
     @classmethod
     def resembles(cls, module: nn.Module) -> bool:
@@ -99,7 +100,7 @@ class SimpleViTAttention(DetachableAttention):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = _split_heads(self.to_qkv(self.norm(x)), 3, self.heads)
-        return self.to_out(self.mix(q, k, v))
+        return self.to_out(self.mix(q, k, v, scale=self.scale))
 
 
 class AttentionPool2d(DetachableAttention):

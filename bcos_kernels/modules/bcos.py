@@ -166,11 +166,14 @@ class BcosConv2d(_BcosLayer):
         return getattr(linear, "groups", 0) == 1 and getattr(linear, "padding_mode", "") == "zeros"
 
     def _geometry_of(self, linear: nn.Module) -> Any:
-        """Something with kernel size, stride, ..: the inner layer, the convolution in it, or what there was at first."""
+        """Something with kernel size, stride, ..: the inner layer, or the only convolution in it that could be it, or else what
+        the layer was made with.
+        """
         if isinstance(linear, nn.Conv2d):
             return linear
-        inside = (m for m in linear.modules() if isinstance(m, nn.Conv2d) and m.in_channels == self.in_channels)
-        return next(inside, self._geometry)
+        sizes = (self.in_channels, self.out_channels * self.max_out)
+        inside = [m for m in linear.modules() if isinstance(m, nn.Conv2d) and (m.in_channels, m.out_channels) == sizes]
+        return inside[0] if len(inside) == 1 else self._geometry
 
     def forward(self, x: Tensor) -> Tensor:
         return self.with_squares(x, None)
