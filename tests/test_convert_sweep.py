@@ -19,7 +19,9 @@ import bcos_kernels as bk
 from tests.networks import CLASSES, filled
 from tests.tolerances import relative_error
 
-NAMES = Path(__file__).with_name("sweep_networks.txt").read_text().split()
+#: What became of each network with timm 1.0.31 and torchvision 0.29. One that is refused today may be converted one day.
+OUTCOMES = dict(line.split() for line in Path(__file__).with_name("sweep_networks.txt").read_text().splitlines())
+NAMES = list(OUTCOMES)
 KEEP = ("biases", "max_pooling", "head_order")
 REFUSALS = "^model: cannot convert a |^model must have one convolution with three input channels"
 
@@ -55,7 +57,8 @@ def settle(model: nn.Module, images: torch.Tensor) -> None:
 
 
 def test_the_list() -> None:
-    assert len(NAMES) == len(set(NAMES)) >= 250
+    assert len(NAMES) >= 250
+    assert sum(outcome == "converted" for outcome in OUTCOMES.values()) >= 125
 
 
 @pytest.mark.slow
@@ -68,6 +71,7 @@ def test_same_function_or_refused(name: str, sweep: bool) -> None:
     standard, side = build(name)
     model = converted_or_refused(standard, REFUSALS, b=1, keep=KEEP)
     if model is None:
+        assert OUTCOMES[name] == "refused"
         return
     x = torch.randn(2, 3, side, side, dtype=torch.float64)
     with torch.no_grad():
