@@ -166,7 +166,7 @@ class BcosConv2d(_BcosLayer):
         return getattr(linear, "groups", 0) == 1 and getattr(linear, "padding_mode", "") == "zeros"
 
     def _geometry_of(self, linear: nn.Module) -> Any:
-        """What has the kernel size, stride, and so on: the inner layer, or the only convolution in it that could be it, or else
+        """What has kernel size, stride, and so on: the inner layer, or the only convolution in it that could be it, or else
         the settings that this layer was made with.
         """
         if isinstance(linear, nn.Conv2d):
