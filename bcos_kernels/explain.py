@@ -159,7 +159,7 @@ class Explanation:
             ValueError: ``smooth`` is even or below 1, or ``percentile`` outside [0, 100]; the network sees something else
                 than a grey or RGB image and its inverse.
         """
-        if smooth < 1 or smooth % 2 == 0:
+        if not isinstance(smooth, int) or smooth < 1 or smooth % 2 == 0:
             raise ValueError(f"smooth must be odd and at least 1; got {smooth}")
         if not 0 <= percentile <= 100:
             raise ValueError(f"percentile must be between 0 and 100; got {percentile}")
@@ -312,7 +312,10 @@ def _targets(targets: Tensor | Sequence[int] | int | None, logits: Tensor) -> Te
     n, classes = logits.shape
     if targets is None:
         return logits.detach().argmax(1)
-    chosen = torch.as_tensor(targets, device=logits.device)
+    try:
+        chosen = torch.as_tensor(targets, device=logits.device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"targets must be integers, the indices of classes; got {targets!r}") from error
     if chosen.is_floating_point() or chosen.dtype == torch.bool:
         raise TypeError(f"targets must be integers, the indices of classes; got {chosen.dtype}")
     if chosen.dim() == 0:

@@ -169,6 +169,12 @@ def test_plot_without_matplotlib_says_how_to_get_it(
         (torch.full((1, 3, 32, 32), float("inf")), None, ValueError, "images must be finite"),
         (torch.rand(2, 3, 32, 32).double(), [1, 2, 3], ValueError, "one for each of the 2 images"),
         (torch.rand(2, 3, 32, 32).double(), [0.5, 1.0], TypeError, "targets must be integers"),
+        (
+            torch.rand(2, 3, 32, 32).double(),
+            "cat",
+            TypeError,
+            "targets must be integers, the indices of classes; got 'cat'",
+        ),
         (torch.rand(2, 3, 32, 32).double(), -1, ValueError, "targets must be between 0 and 5"),
     ],
 )
