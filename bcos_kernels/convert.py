@@ -180,19 +180,15 @@ def _verify(model: nn.Module, plan: _Plan, recipe: Recipe) -> None:
     Raises:
         ValueError: they do not compute the same, or what has no constants does not explain itself completely.
     """
-    dtype = next(model.parameters()).dtype
-    model = full_copy(model).float() if dtype in (torch.float16, torch.bfloat16) else shared_copy(model)
-    set_mode(model, False)
-    centred = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-    if not is_runnable(model) or any(m.running_mean is None for m in centred):
+    if any(isinstance(m, nn.BatchNorm2d) and m.running_mean is None for m in model.modules()) or not is_runnable(model):
         return
-    device = next(model.parameters()).device
-    devices = [device] if device.type == "cuda" else []
-    with (
-        torch.random.fork_rng(devices),
-        torch.inference_mode(False),
-        torch.autocast(device.type, enabled=False),
-    ):
+    like = next(model.parameters())
+    if like.device.type == "cpu" and like.dtype in (torch.float32, torch.float64):
+        model = shared_copy(model)
+    else:  # on a GPU, TF32 would make more of a difference than what is looked for
+        model = full_copy(model).to("cpu", torch.float32)
+    set_mode(model, False)
+    with torch.random.fork_rng([]), torch.inference_mode(False), torch.autocast("cpu", enabled=False):
         given = images_for(model)
         if given is None:
             return

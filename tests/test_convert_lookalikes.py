@@ -846,3 +846,106 @@ def test_wrappers_are_left_out() -> None:
         model = converted(wrapped)
         assert list(model.model.state_dict()) == list(converted(body).model.state_dict())
         assert_same_function(body, model)
+
+
+class Peeking(Small):
+    """Its forward pass makes something of its layers, which no rule about layers can see."""
+
+    def __init__(self, peek: Callable[[Small, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.peek = peek
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv1(x)
+        return self.fc(self.peek(self, y).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    "peek",
+    [
+        lambda self, y: y * self.conv1.weight.abs().mean(),
+        lambda self, y: y / self.conv1.weight[0].numel() ** 0.5,
+        lambda self, y: y * self.conv1.in_channels,
+        lambda self, y: F.relu(y) if type(self.conv1) is nn.Conv2d else y,
+        lambda self, y: y * 2 if hasattr(self.conv1, "kernel_size") else y,
+        lambda self, y: y * self.conv1.kernel_size[0],
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_only_the_numbers_show(peek: Callable[[Small, Tensor], Tensor], dtype: torch.dtype) -> None:
+    assert_refused(
+        Peeking(peek).to(dtype), "at B = 1, with everything kept, the converted network would not be the same"
+    )
+
+
+def test_verification_leaves_no_trace() -> None:
+    class Counting(Small):
+        def __init__(self) -> None:
+            super().__init__(nn.BatchNorm2d(8))
+            self.register_buffer("steps", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.steps += 1
+            return super().forward(x)
+
+        def train(self, mode: bool = True) -> Small:  # as layers that merge weights do
+            with torch.no_grad():
+                self.conv1.weight.mul_(2)
+            return super().train(mode)
+
+    standard = Counting()
+    before, state = copy.deepcopy(standard.state_dict()), torch.get_rng_state()
+    bk.bcosify(standard)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[key]) for key, value in standard.state_dict().items())
+    assert all(p.grad is None for p in standard.parameters())
+
+
+def test_modes_of_layers_are_kept() -> None:
+    standard = make("resnet").train()
+    frozen = [name for name, module in standard.named_modules() if isinstance(module, nn.BatchNorm2d)]
+    for name in frozen:
+        standard.get_submodule(name).eval()
+    model = bk.bcosify(standard)
+    norms = [m for m in model.modules() if isinstance(m, bk.BatchNormUncentered2d)]
+    assert len(norms) == len(frozen)
+    assert not any(norm.training for norm in norms)
+    assert model.training
+    assert model.model.fc.training
+
+
+def test_layers_in_place_on_what_is_used_again() -> None:
+    class PreActivation(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.relu, self.conv = nn.ReLU(inplace=True), nn.Conv2d(8, 8, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.conv(self.relu(x))  # both see the rectified x
+
+    standard = small(PreActivation())
+    assert_same_function(standard)
+    model = bk.bcosify(standard, normalize=None, logit_bias=None)
+    assert_complete(model)
+    model(torch.rand(2, 6, SIDE, SIDE, dtype=torch.float64)).sum().backward()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"keep": None},
+        {"keep": {"biases": False}},
+        {"keep": 5},
+        {"normalize": ["imagenet"]},
+        {"num_classes": 2.5},
+        {"logit_bias": float("nan")},
+        {"logit_bias": True},
+    ],
+)
+def test_options_that_do_not_fit(options: dict[str, Any]) -> None:
+    with pytest.raises((TypeError, ValueError), match=f"^{next(iter(options))} must be "):
+        bk.bcosify(Small(), **options)
+
+
+def test_keep_may_be_any_iterable() -> None:
+    assert bk.bcosify(Small(), keep=iter(["biases"])).model.conv1.bias is not None
