@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 import bcos_kernels as bk
+from bcos_kernels import reference
 
 LEARNABLE = "learnable"
+
+
+@contextmanager
+def reference_of_kernels() -> Iterator[None]:
+    """The reference with a linear part in the dtype of its input, as kernels have it; in float16 it is wider otherwise."""
+    plain = {name: inspect.unwrap(getattr(reference, name)) for name in ("conv2d", "linear")}
+    with mock.patch.multiple(reference, **plain):
+        yield
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from torch import Tensor
 import bcos_kernels as bk
 from bcos_kernels import build_record, dispatch, native, portable
 from bcos_kernels.contract import Call, Needs, NormNeeds, NormOptions, Options, Saved
-from tests.op_cases import Case, matrix, modes
+from tests.op_cases import Case, matrix, modes, reference_of_kernels
 from tests.tolerances import GRADIENT, OUTPUT, assert_close
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -104,7 +104,8 @@ def check(function: Any, tensors: list[Tensor | None], b: Any, dtype: torch.dtyp
     """
     rounded = [None if t is None else t.to(dtype).double() for t in tensors]
     truth_dtype = dtype if options.get("max_out", 1) > 1 else torch.float64
-    truth = run(function, rounded, b, truth_dtype, "reference", **options)
+    with reference_of_kernels():
+        truth = run(function, rounded, b, truth_dtype, "reference", **options)
     ours = run(function, rounded, b, dtype, "native", **options)
     if dtype == torch.bfloat16 and b == "learnable":
         ours, truth = ours[:-1], truth[:-1]
