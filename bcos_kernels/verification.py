@@ -58,7 +58,7 @@ def set_mode(model: nn.Module, training: bool) -> None:
 def is_runnable(model: nn.Module) -> bool:
     """Whether there is something to compare: the model has values, in one place and dtype."""
     tensors = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
-    plain = all(type(t) in (Tensor, nn.Parameter) and not t.is_meta for t in tensors)
+    plain = all(type(t) in (Tensor, nn.Parameter) and not (t.is_meta or t.is_inference()) for t in tensors)
     return plain and len({(t.device, t.dtype) for t in tensors}) == 1
 
 

@@ -947,5 +947,13 @@ def test_options_that_do_not_fit(options: dict[str, Any]) -> None:
         bk.bcosify(Small(), **options)
 
 
+def test_in_inference_mode() -> None:
+    with torch.inference_mode():
+        assert bk.bcosify(make("resnet"))(torch.rand(1, 6, SIDE, SIDE, dtype=torch.float64)).shape == (1, CLASSES)
+    standard = make("resnet")
+    with torch.inference_mode():
+        bk.bcosify(standard)
+
+
 def test_keep_may_be_any_iterable() -> None:
     assert bk.bcosify(Small(), keep=iter(["biases"])).model.conv1.bias is not None
