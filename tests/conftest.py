@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
+from collections.abc import Iterator
+
 import pytest
 
 
@@ -16,6 +20,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The slow tests come first, so that all processes end at about the same time."""
     items.sort(key=lambda item: "slow" not in item.keywords)
+
+
+@pytest.fixture(autouse=True)
+def give_memory_back(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The slow tests make large networks, whose memory the C library would keep: several processes share the machine's."""
+    yield
+    if "slow" in request.keywords:
+        gc.collect()
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 @pytest.fixture
