@@ -241,7 +241,7 @@ _STAY = frozenset((
 ))
 # fmt: on
 
-#: Layers whose forward pass would do without their bias; any other module with a bias is named by :mod:`structure`.
+#: Layers whose forward pass works without a bias. For any other module with one, :mod:`structure` names the addition.
 _BIASED = frozenset(
     (*_torch("Conv2d", "Linear", "LayerNorm", "GroupNorm"), "timm.layers.linear.Linear", "timm.layers.norm.LayerNorm")
 )
@@ -296,10 +296,9 @@ def _unknown_layers(model: nn.Module, recipe: Recipe, path: str, seen: set[nn.Mo
             yield f"{_named(where, child)} with {why}"
         if inner and make is not _squeeze_excitation:
             yield from _unknown_layers(child, recipe, where, seen)
+        # torch.fx looks at other packages' layers, but not at those inside of a layer that is converted as a whole
         elif not known and (_is_layer(child) or converter(model) is not None) and not _makes_weights_only(model, name):
-            yield _named(
-                where, child
-            )  # inside of a known layer, torch.fx does not look at other packages' layers either
+            yield _named(where, child)
 
 
 def _peculiarity(module: nn.Module, root: bool) -> str | None:
@@ -308,12 +307,12 @@ def _peculiarity(module: nn.Module, root: bool) -> str | None:
         return "in TorchScript (pass the nn.Module that it was made from)"
     if parametrize.is_parametrized(module):
         return "with parametrised weights (torch.nn.utils.parametrize.remove_parametrizations makes them plain)"
-    forward = vars(module).get("forward")
-    # torch.fx ignores one on the root, and a function that is not bound to the module keeps the modules that it was made with
     if module._backward_hooks or module._backward_pre_hooks:
         return "with a backward hook, which would change explanations (register it on the converted network)"
     if root and has_any_hook(module):
         return "with a hook, which torch.fx does not see on the whole network (register it on the converted network)"
+    forward = vars(module).get("forward")
+    # torch.fx ignores one on the root, and a function that is not bound to the module keeps the modules that it was made with
     if forward is not None and (root or getattr(forward, "__self__", None) is not module):
         return "with a forward pass of its own that was put on the instance (make it a method of a subclass)"
     for name, value in vars(module).items():
@@ -340,9 +339,9 @@ def _refusal(module: nn.Module, recipe: Recipe) -> str | None:
     """Why a layer of a known class cannot be converted, or cannot stay, all the same; None if it can."""
     if isinstance(module, nn.MaxPool2d):
         if not recipe.max_pooling and module.dilation not in (1, (1, 1)):
-            return f"dilation {module.dilation}, which average pooling has not"
+            return f"dilation {module.dilation}, which average pooling does not have"
         if module.return_indices:
-            return "return_indices=True, which average pooling has not"
+            return "return_indices=True; a converted network has no indices to return"
     if isinstance(module, nn.BatchNorm2d) and module.running_mean is None and recipe.biases:
         return "no running statistics to make its bias from"
     if isinstance(module, (nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)):

@@ -127,7 +127,7 @@ def analyse(model: nn.Module, first: str, recipe: Recipe, *, patches: bool = Fal
     walk = _Walk(model, graph, model.get_submodule(first), first, recipe, patches)
     problems = list(walk.problems())
     if not problems and not _trains_on_one_tensor(model):
-        problems.append("its output in training, which is no single tensor (leave auxiliary classifiers out)")
+        problems.append("its output in training, which is not a single tensor (leave auxiliary classifiers out)")
     head, pool = _head_and_pool(model, graph)
     constants, aliased = tuple(dict.fromkeys(walk.constants)), tuple(_aliased(model, graph))
     return Structure(head, pool, tuple(dict.fromkeys(problems)), constants, aliased)
@@ -149,9 +149,9 @@ def _trace(model: nn.Module) -> fx.Graph:
 
 def _defaults(model: nn.Module) -> dict[str, Any]:
     """The arguments that a call with an image alone leaves at their defaults."""
-    _, _, *parameters = inspect.signature(type(model).forward).parameters.values()
+    parameters = list(inspect.signature(type(model).forward).parameters.values())
     simple = (type(None), bool, int, float, str)
-    return {p.name: p.default for p in parameters if isinstance(p.default, simple)}
+    return {p.name: p.default for p in parameters[2:] if isinstance(p.default, simple)}  # behind self and the image
 
 
 def _trains_on_one_tensor(model: nn.Module) -> bool:
@@ -333,18 +333,17 @@ class _Walk:
         else:
             yield f"{where}: the constant {name} that it adds (keep=['biases', ...] would keep it)"
 
-    def _sources(self, value: Any) -> tuple[list[str], bool]:
-        """The paths of the tensors that a constant is made of, and whether anything is made without one."""
+    def _sources(self, value: Any) -> list[str]:
+        """The paths of the tensors that a constant is made of; none for a number, or for what is computed from sizes."""
         if not isinstance(value, fx.Node):
-            return [], True
+            return []
         if value.op == "get_attr":
-            return [str(value.target)], False
-        found = [self._sources(n) for n in value.all_input_nodes if n not in self.depends]
-        return [path for paths, _ in found for path in paths], not found
+            return [str(value.target)]
+        return [path for n in value.all_input_nodes if n not in self.depends for path in self._sources(n)]
 
     def _constant(self, value: Any) -> str:
-        paths, _ = self._sources(value)
-        if paths:
+        """How a message names the constant."""
+        if paths := self._sources(value):
             return ", ".join(dict.fromkeys(paths))
         if isinstance(value, fx.Node):
             return f"{value.target}" if value.op == "call_module" else f"{_where(self.model, value)}: {_name(value)}()"
@@ -352,7 +351,7 @@ class _Walk:
 
     def _varies(self, value: Any) -> bool:
         """Whether the constant has another value for each location, or token: a position."""
-        paths, _ = self._sources(value)
+        paths = self._sources(value)
         if not paths:
             return isinstance(value, fx.Node)  # computed from the size of the image
         return any(sum(side > 1 for side in _tensor(self.model, path).shape) > 1 for path in paths)

@@ -784,7 +784,9 @@ def test_preparations_that_treat_all_channels_alike() -> None:
     assert_same_function(filled(Prepared(lambda x: F.interpolate(x / 2, (16, 16)).contiguous()).double()))
     assert_refused(googlenet(transform_input=True, aux_logits=False, init_weights=False), "on the image itself")
     assert_same_function(filled(googlenet(transform_input=False, aux_logits=False, init_weights=False).double()))
-    assert_refused(googlenet(init_weights=False, aux_logits=True), "its output in training, which is no single tensor")
+    assert_refused(
+        googlenet(init_weights=False, aux_logits=True), "its output in training, which is not a single tensor"
+    )
 
 
 class Again(Small):
